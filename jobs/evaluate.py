@@ -1,0 +1,19 @@
+"""Score the systems of a trained run on its held-out tasks: predictions, scores and report.
+
+python jobs/evaluate.py demo
+ray job submit --working-dir . -- python jobs/evaluate.py demo
+"""
+
+from tagi_ray import recipes
+
+
+def main() -> None:
+    experiment, _ = recipes.from_command_line(__doc__)
+
+    from tagi_ray import pipeline  # after the checks: it imports Ray
+
+    print(f"Scores: {pipeline.evaluate(experiment)}")
+
+
+if __name__ == "__main__":
+    recipes.run_job(main)

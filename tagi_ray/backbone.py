@@ -1,0 +1,206 @@
+"""The frozen language model behind one small interface.
+
+What differs between model families stays in here: which linears are sites, how an instruction is
+encoded, how the decoder's memory is built. Encoder-decoder models of the T5 family are supported.
+
+Axes: K tasks, N instances, S source tokens, T target tokens, I instruction tokens, D features,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tagi_ray.config import BackboneSettings, LoraSettings
+from tagi_ray.errors import ConfigError
+from tagi_ray.lora import Binding, LoraBank, Site, bound, inject
+from tagi_ray.vocabulary import TextTokenizer
+
+DEMO = Path(__file__).parent / "demo_backbone"
+
+logger = logging.getLogger(__name__)
+
+
+class EncodedInstruction(NamedTuple):
+    """Encoder states of K instructions."""
+
+    states_KID: Tensor
+    mask_KI: Tensor
+    """True at tokens, False at padding."""
+
+
+class Backbone(nn.Module):
+    """A frozen encoder-decoder model with adapter sites.
+
+    Always in evaluation mode: teacher and student must differ in adapters alone, not in dropout.
+    """
+
+    def __init__(self, model: Any, targets: tuple[str, ...], identity: str) -> None:
+        super().__init__()
+        self.sites: tuple[Site, ...]
+        self.binding: Binding
+        self.sites, self.binding = inject(model, targets)
+        self.model = model.eval().requires_grad_(False)
+        self.identity = identity
+
+    @property
+    def width(self) -> int:
+        """Features D of the encoder's states."""
+        return int(self.model.config.d_model)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode."""
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each block's activations in the backward instead of keeping them."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        for block in (*self.model.encoder.block, *self.model.decoder.block):
+            block.training = True  # the block's own flag switches recomputation, nothing else
+
+    @contextmanager
+    def bound(self, bank: LoraBank | None) -> Iterator[None]:
+        """Apply a bank in the block, which must span forward and backward; None: none."""
+        with bound(self.binding, bank):
+            yield
+
+    def encode(self, ids_KI: Tensor, mask_KI: Tensor) -> EncodedInstruction:
+        """Encode instructions with the bare encoder.
+
+        Raises RuntimeError while a bank is bound: an instruction is what banks are made from.
+        """
+        if self.binding.bank is not None:
+            raise RuntimeError("instructions are encoded without a bank: encode before binding one")
+        return EncodedInstruction(self._encoder_states(ids_KI, mask_KI), mask_KI)
+
+    def logits(
+        self,
+        input_ids_KNS: Tensor,
+        input_mask_KNS: Tensor,
+        target_ids_KNT: Tensor,
+        instruction: EncodedInstruction | None = None,
+    ) -> Tensor:
+        """Return logits [K, N, T, V] under teacher forcing; targets are -100 where padded."""
+        memory, mask = self._memory(input_ids_KNS, input_mask_KNS, instruction)
+        targets = target_ids_KNT.flatten(0, 1)
+        decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels=targets)
+        output = self.model(
+            encoder_outputs=(memory,),
+            attention_mask=mask,
+            decoder_input_ids=decoder_ids,
+            use_cache=False,
+        )
+        return output.logits.unflatten(0, target_ids_KNT.shape[:2])
+
+    @torch.no_grad()
+    def decode_greedy(
+        self,
+        input_ids_KNS: Tensor,
+        input_mask_KNS: Tensor,
+        instruction: EncodedInstruction | None,
+        max_new_tokens: int,
+    ) -> Tensor:
+        """Return greedily decoded ids [K, N, T], padded after the end of each."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        memory, mask = self._memory(input_ids_KNS, input_mask_KNS, instruction)
+        ids = self.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory),  # pyright: ignore[reportArgumentType]
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        return ids.unflatten(0, input_ids_KNS.shape[:2])
+
+    def _encoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    def _memory(
+        self, ids_KNS: Tensor, mask_KNS: Tensor, instruction: EncodedInstruction | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the decoder's memory [K*N, I + S, D] and its mask, the instruction first."""
+        ids, mask = ids_KNS.flatten(0, 1), mask_KNS.flatten(0, 1)
+        states = self._encoder_states(ids, mask)
+        if instruction is None:
+            return states, mask.long()
+        instances = ids_KNS.shape[1]
+        prefix = instruction.states_KID.to(states.dtype).repeat_interleave(instances, dim=0)
+        prefix_mask = instruction.mask_KI.repeat_interleave(instances, dim=0)
+        return torch.cat([prefix, states], 1), torch.cat([prefix_mask, mask], 1).long()
+
+
+def load_backbone(
+    settings: BackboneSettings, lora: LoraSettings, tokenizer_folder: Path, seed: int = 0
+) -> Backbone:
+    """Load the backbone and give its target linears their sites.
+
+    Raises ConfigError for a path that is no encoder-decoder model, or a tokenizer with more
+    entries than the model has embeddings.
+    """
+    tokenizer = TextTokenizer(tokenizer_folder)
+    model = (
+        _random_model(settings, tokenizer, seed)
+        if settings.path == "random"
+        else _pretrained_model(settings)
+    )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.size > rows:
+        raise ConfigError([
+            f"backbone.tokenizer has {tokenizer.size} entries, the backbone {settings.path}"
+            f" embeds {rows}: use the backbone's own tokenizer"
+        ])  # fmt: skip
+    backbone = Backbone(model, lora.targets, settings.path)
+    if settings.activation_checkpointing:
+        backbone.checkpoint_activations()
+    return backbone
+
+
+def _pretrained_model(settings: BackboneSettings) -> Any:
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    path = str(DEMO) if settings.path == "demo" else settings.path
+    try:
+        config = AutoConfig.from_pretrained(path, revision=settings.revision)
+        if not config.is_encoder_decoder:
+            raise ConfigError([
+                f"backbone.path={settings.path} is a decoder-only {config.model_type} model:"
+                " name an encoder-decoder model of the T5 family"
+            ])  # fmt: skip
+        return AutoModelForSeq2SeqLM.from_pretrained(
+            path,
+            config=config,
+            revision=settings.revision,
+            dtype=getattr(torch, settings.dtype),
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"backbone.path={settings.path} cannot be loaded: {error}"]) from error
+
+
+def _random_model(settings: BackboneSettings, tokenizer: TextTokenizer, seed: int) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = settings.architecture
+    config = T5Config(
+        vocab_size=-(-tokenizer.size // 64) * 64,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        d_kv=shape.d_kv,
+        num_heads=shape.heads,
+        num_layers=shape.layers,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    config.decoder_start_token_id = tokenizer.start_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(config).to(getattr(torch, settings.dtype))

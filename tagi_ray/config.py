@@ -1,0 +1,326 @@
+"""What a run is: one frozen, validated tree of settings, and the only source of defaults.
+
+Imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the settings tree: frozen, and closed to unknown fields."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+class DataSettings(Section):
+    """Where the tasks come from, how they are split, and how they are rendered."""
+
+    source: Literal["synthetic", "sni", "jsonl", "alpaca", "hub"] = "synthetic"
+    """Format of the task files; `synthetic` is the embedded world and reads nothing."""
+    path: str | None = None
+    """Folder or file of the task files, or the hub dataset id."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset."""
+    train_tasks_file: str | None = None
+    """Text file with one training task per line (the official SNI split format)."""
+    test_tasks_file: str | None = None
+    """Text file with one held-out task per line."""
+    test_categories: tuple[str, ...] = ()
+    """Held-out categories: every task of them is a test task."""
+    test_tasks: tuple[str, ...] = ()
+    """Held-out tasks by name."""
+    valid_fraction: Fraction = 0.1
+    """Share of the training tasks set aside for validation, drawn over the categories."""
+    train_instances: Count = 100
+    """Instances kept of each training or validation task (the paper: 100)."""
+    test_instances: Count = 100
+    """Instances scored of each held-out task: the first ones (the paper: 100)."""
+    oracle_instances: CountOrZero = 100
+    """Instances of each held-out task for oracle teachers, none of them scored."""
+    prompt: Literal["def", "def_2pos"] = "def"
+    """Tk-Instruct prompt: definition alone, or with two positive examples."""
+    max_instruction_tokens: Count = 1024
+    max_input_tokens: Count = 1024
+    """Longest input without its instruction; longer ones are cut, and counted."""
+    max_prompt_tokens: Count = 1024
+    """Longest instruction and input together."""
+    max_target_tokens: Count = 128
+
+    @model_validator(mode="after")
+    def _one_split(self) -> DataSettings:
+        if self.source == "synthetic":
+            return self
+        problems: list[str] = []
+        if self.path is None:
+            problems.append(
+                f"data.path is not set, and data.source={self.source} reads from it:"
+                " give data.path=PATH, the folder or file of the tasks or a hub dataset id"
+            )
+        named = {
+            "data.test_tasks_file": self.test_tasks_file,
+            "data.test_categories": self.test_categories,
+            "data.test_tasks": self.test_tasks,
+        }
+        given = [field for field, value in named.items() if value]
+        if not given:
+            problems.append(
+                "data.test_tasks_file is not set: give data.test_tasks_file=FILE, which names one"
+                " held-out task per line (or name them in data.test_tasks or data.test_categories)"
+            )
+        elif len(given) > 1:
+            problems.append(f"{' and '.join(given)} both name the held-out tasks: keep one of them")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class ArchitectureSettings(Section):
+    """Shape of a randomly initialised T5 backbone."""
+
+    d_model: Count = 128
+    d_ff: Count = 256
+    d_kv: Count = 32
+    heads: Count = 4
+    layers: Count = 2
+    """Blocks in the encoder and again in the decoder."""
+
+
+class BackboneSettings(Section):
+    """The frozen language model that adapters are generated for."""
+
+    path: str = "demo"
+    """`demo` (shipped with the package), `random`, a local directory, or a hub model id."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    architecture: ArchitectureSettings = ArchitectureSettings()
+    """Used with path `random` only."""
+    tokenizer: str | None = None
+    """Directory, hub id, or `train` (fitted on the training split); if not set the backbone's."""
+    tokenizer_vocabulary: Count = 4096
+    """Size of a tokenizer fitted on the training split."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+
+
+class LoraSettings(Section):
+    """Shape of every adapter of the run, generated or trained."""
+
+    rank: Count = 32
+    alpha: Positive = 64.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q", "v")
+    """Last part of the names of the linears that get an adapter."""
+    start_seed: int = 0
+    """Seed of the common A factors that every teacher and the hypernetwork start from."""
+
+
+class HypernetworkSettings(Section):
+    """Transformer trunk over (layer, module, A or B) queries, and a factored head."""
+
+    generator: Literal["attention"] = "attention"
+    width: Count = 256
+    layers: Count = 2
+    heads: Count = 4
+    capacity: Count = 64
+    """Number k of basis rows from which each factor is mixed: the one capacity knob."""
+
+
+class FusionSettings(Section):
+    """How the instruction reaches the student besides its adapter."""
+
+    kind: Literal["none", "concat"] = "concat"
+    """`concat`: the encoded instruction stands before the input in the decoder's memory."""
+    projection: bool = False
+    """Train a projection of the encoded instruction on its way there (the paper has none)."""
+
+
+class DistillationSettings(Section):
+    """Weights of the loss L_pred + lambda_kl L_kl + lambda_ins L_ins (Eq. 6)."""
+
+    lambda_kl: NonNegative = 5.0
+    temperature: Positive = 1.0
+    lambda_ins: Literal["sigmoid"] | NonNegative = "sigmoid"
+    """`sigmoid`: sigmoid(L_ins) of each task (App. B.4); or a fixed weight."""
+    sigmoid_gradient: bool = False
+    """Let the gradient through sigmoid(L_ins), as the released code does."""
+    alignment: Literal["delta_w", "factors"] = "delta_w"
+
+
+class OptimizerSettings(Section):
+    """Optimiser and learning-rate schedule of one stage."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: Positive = 1e-4
+    schedule: Literal["constant", "linear", "inverse_sqrt"] = "linear"
+    """What follows the warm-up."""
+    warmup_fraction: Fraction = 0.02
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive = 1.0
+
+
+class StageSettings(Section):
+    """One training stage: how long, on how much, how often it reports."""
+
+    steps: Count = 20000
+    """Optimiser steps."""
+    groups: Count = 16
+    """Task groups per optimiser step, over all workers and accumulation steps."""
+    micro_groups: Count = 8
+    """Task groups K in one forward of one worker; the rest of a step is accumulated."""
+    instances: Count = 1
+    """Instances n of the task in each group."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    log_every: Count = 50
+    """Steps between two log lines."""
+    save_every: CountOrZero = 500
+    """Steps between two checkpoints besides the last one (0: the last one only)."""
+    valid_every: CountOrZero = 0
+    """Steps between two losses on the validation tasks (0: at the end only)."""
+    valid_groups: Count = 32
+    """Groups of validation tasks in that loss."""
+
+
+class TeacherSettings(StageSettings):
+    """Teacher adapters, trained with instances, several in one bank."""
+
+    enabled: bool = True
+    """Without teachers only the cross-entropy is trained."""
+    per: Literal["task", "category"] = "task"
+    prompt: Literal["full", "input"] = "full"
+    """What a teacher reads: instruction and input (Eq. 5), or the input alone."""
+
+
+class MetatrainSettings(StageSettings):
+    """Instruction tuning of the whole backbone: the baseline."""
+
+    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4,)
+    """Each is trained, the best on validation is scored. Replaces optimizer.learning_rate."""
+
+
+class ResourceSettings(Section):
+    """What the training workers ask of the cluster."""
+
+    workers: Count = 1
+    cpus_per_worker: Count = 1
+    gpus_per_worker: CountOrZero = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    max_failures: CountOrZero = 0
+    """Worker failures after which a stage is given up."""
+
+
+System = Literal[
+    "base", "metatrain", "tagi", "tagi_no_bank", "tagi_no_fusion", "tagi_shuffled", "tagi_empty",
+    "teacher", "tagi_adapter_only", "tagi_adapter_only_shuffled",
+    "tagi_fusion_only", "tagi_fusion_only_shuffled",
+]  # fmt: skip
+SYSTEMS: tuple[System, ...] = (
+    "base", "metatrain", "tagi", "tagi_no_bank", "tagi_no_fusion", "tagi_shuffled", "tagi_empty",
+    "teacher",
+)  # fmt: skip
+
+Variant = Literal["tagi", "tagi_adapter_only", "tagi_fusion_only"]
+
+
+class EvaluationSettings(Section):
+    """Which systems are scored on the held-out tasks, and in which batches."""
+
+    systems: tuple[System, ...] = SYSTEMS
+    tasks_per_batch: Count = 8
+    instances_per_batch: Count = 50
+    actors: Count = 1
+    """Parallel evaluation actors, each with the whole backbone."""
+
+
+class Experiment(Section):
+    """A run. Its name is its identity: the same name continues it."""
+
+    name: str
+    """Folder of the run under `storage`."""
+    storage: str = "runs"
+    """Folder that holds the runs; relative paths are taken from where the job starts."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Everything trained besides teachers is repeated for each seed."""
+    data: DataSettings = DataSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    lora: LoraSettings = LoraSettings()
+    hypernetwork: HypernetworkSettings = HypernetworkSettings()
+    fusion: FusionSettings = FusionSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    teachers: TeacherSettings = TeacherSettings()
+    finetune: StageSettings = StageSettings()
+    metatrain: MetatrainSettings = MetatrainSettings()
+    oracle: TeacherSettings = TeacherSettings()
+    """Teachers of the held-out tasks: an upper bound that nothing else may read."""
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("tagi",)
+    """Hypernetworks to train: the method, or with fusion off, or with the bank zeroed."""
+    resources: ResourceSettings = ResourceSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not RUN_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} can't be a folder name: use at most 64 of a to z, 0 to 9,"
+                " '.', '_' and '-', a letter or digit first"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        problems = [
+            f"{section}.groups={stage.groups} is not a multiple of"
+            f" {section}.micro_groups={stage.micro_groups}"
+            f" x resources.workers={self.resources.workers}"
+            for section, stage in self.stages().items()
+            if stage.groups % (stage.micro_groups * self.resources.workers)
+        ]
+        needs_oracle = "teacher" in self.evaluation.systems
+        if needs_oracle and self.data.oracle_instances == 0:
+            problems.append(
+                "evaluation.systems asks for 'teacher', which is trained on data.oracle_instances=0"
+                " instances of the held-out tasks: set it, or leave the system out"
+            )
+        for system in self.evaluation.systems:
+            variant = system.removesuffix("_shuffled")
+            ablated = variant in ("tagi_adapter_only", "tagi_fusion_only")
+            if ablated and variant not in self.variants:
+                problems.append(
+                    f"evaluation.systems asks for {system!r}, but {variant!r} is not in variants"
+                )
+        if "tagi_fusion_only" in self.variants and not self.fusion.projection:
+            problems.append(
+                "variants has 'tagi_fusion_only', which trains nothing without fusion.projection:"
+                " set fusion.projection=true, or leave the variant out"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def stages(self) -> dict[str, StageSettings]:
+        """Training stages by the name of their section."""
+        return {
+            "teachers": self.teachers,
+            "finetune": self.finetune,
+            "metatrain": self.metatrain,
+            "oracle": self.oracle,
+        }

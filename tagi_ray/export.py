@@ -1,0 +1,391 @@
+"""A slot of a bank as a PEFT directory, and back, strictly.
+
+Stock PEFT and vLLM load the directory as it is. A run with fusion adds the encoded instruction,
+which they don't know. Reading trusts nothing: no pickle, no link, and every name, shape and value
+is checked before it is used.
+
+Axes: K tasks, R rank, D features, I instruction tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tagi_ray.backbone import EncodedInstruction
+from tagi_ray.config import LoraSettings
+from tagi_ray.errors import AdapterError
+from tagi_ray.lora import LoraBank, Site
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+INSTRUCTION_FILE = "instruction.safetensors"
+EXTRAS_FILE = "tagi.json"
+PEFT_PREFIX = "base_model.model."
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MAX_CONFIG_BYTES = 1 << 20
+
+PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "exclude_modules": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "target_parameters": (None, []),
+}
+"""Fields of adapter_config.json with the values under which an adapter is scaling * B A only."""
+
+
+def write_adapter(
+    folder: Path,
+    bank: LoraBank,
+    slot: int,
+    *,
+    lora: LoraSettings,
+    base_model: str,
+    task_type: str = "SEQ_2_SEQ_LM",
+    readme: str | None = None,
+    instruction: EncodedInstruction | None = None,
+    fusion: str = "none",
+    fusion_weights_hash: str | None = None,
+) -> None:
+    """Write a slot of a bank as a PEFT directory; a directory of that name is replaced.
+
+    The directory appears complete or not at all. With fusion, the slot's encoded instruction is
+    written too, with the hash of the fusion's weights (None: the fusion has none).
+    Raises AdapterError for a factor that isn't finite or doesn't belong to `lora`.
+    """
+    tensors = _peft_tensors(bank, slot, lora, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(draft / CONFIG_FILE, _peft_config(lora, base_model, task_type))
+        if instruction is not None:
+            _write_instruction(draft, instruction, slot, fusion, fusion_weights_hash)
+        if readme is not None:
+            (draft / "README.md").write_text(readme, "utf-8")
+        draft.chmod(0o755)
+        _swap_in(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _peft_tensors(bank: LoraBank, slot: int, lora: LoraSettings, folder: Path) -> dict[str, Tensor]:
+    modules = {name.rsplit(".", 1)[-1] for name in bank.a}
+    if modules != set(lora.targets) or bank.rank != lora.rank:
+        raise AdapterError(
+            f"{folder}: a bank of rank {bank.rank} on {sorted(modules)} is not what"
+            f" lora.rank={lora.rank} and lora.targets={sorted(lora.targets)} say:"
+            " export it with its own run's settings"
+        )
+    if abs(bank.scaling - lora.alpha / lora.rank) > 1e-6 * bank.scaling:
+        raise AdapterError(
+            f"{folder}: the bank's scaling {bank.scaling} is not lora.alpha / lora.rank ="
+            f" {lora.alpha / lora.rank}: export it with its own run's settings"
+        )
+    tensors: dict[str, Tensor] = {}
+    for factor, factors in (("A", bank.a), ("B", bank.b)):
+        for name, value in factors.items():
+            # A copy, since safetensors refuses views that share storage.
+            kept = value[slot].detach().to("cpu", torch.float32, copy=True).contiguous()
+            if not torch.isfinite(kept).all():
+                raise AdapterError(
+                    f"{folder}: lora_{factor} of {name} is not finite, so nothing was written:"
+                    " lower the learning rate of the stage that made it"
+                )
+            tensors[_key(name, factor)] = kept
+    return tensors
+
+
+def _key(site: str, factor: str) -> str:
+    return f"{PEFT_PREFIX}{site}.lora_{factor}.weight"
+
+
+def _peft_config(lora: LoraSettings, base_model: str, task_type: str) -> dict[str, Any]:
+    """What stock PEFT needs to attach the adapter to exactly the run's sites.
+
+    A run's sites are all linears with these last parts of their names, and so PEFT reads the list.
+    """
+    from peft import LoraConfig  # slow import
+
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=list(lora.targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task_type,  # pyright: ignore[reportArgumentType]
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    ).to_dict()
+    return {
+        name: sorted(value) if isinstance(value, set) else value for name, value in config.items()
+    }
+
+
+def _write_instruction(
+    folder: Path, instruction: EncodedInstruction, slot: int, fusion: str, weights_hash: str | None
+) -> None:
+    mask = instruction.mask_KI[slot].cpu().bool().clone()
+    states = instruction.states_KID[slot].detach().to("cpu", torch.float32, copy=True)
+    save_file({"states": states.contiguous(), "mask": mask}, folder / INSTRUCTION_FILE)
+    _write_json(
+        folder / EXTRAS_FILE,
+        {
+            "version": 1,
+            "fusion": fusion,
+            "fusion_weights_sha256": weights_hash,
+            "fusion_has_weights": weights_hash is not None,
+            "instruction_sha256": file_hash(folder / INSTRUCTION_FILE),
+        },
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", "utf-8")
+
+
+def _swap_in(draft: Path, folder: Path) -> None:
+    """Put a complete draft in a folder's place, and keep the old version until it stands."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.replace(folder, old / "adapter")
+    try:
+        draft.rename(folder)
+    except OSError:
+        os.replace(old / "adapter", folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def module_hash(module: nn.Module | None) -> str | None:
+    """SHA-256 over the names and values of a module's weights, in hex; None if it has none."""
+    weights = {} if module is None else module.state_dict()
+    if not weights:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_readme(
+    task: str,
+    base_model: str,
+    *,
+    origin: str = "",
+    fusion: str = "none",
+    alone: Mapping[str, float] | None = None,
+) -> str:
+    """Text of an adapter's README.md.
+
+    origin: a sentence on what it was made from, and what its prompt is.
+    alone: the scores in percent of the adapter without fusion, where they are known.
+    """
+    lines = [
+        f"# Adapter for {task}",
+        "",
+        " ".join([f"LoRA adapter in PEFT format for `{base_model}`.", origin]).strip(),
+        "",
+    ]
+    if fusion != "none":
+        lines += [
+            f"The run that made it also fuses the encoded instruction (`{fusion}`), which is in",
+            f"`{INSTRUCTION_FILE}`. Stock PEFT and vLLM run the adapter without fusion.",
+            "",
+        ]
+        scores = ", ".join(f"{name} {value:.1f} %" for name, value in (alone or {}).items())
+        lines.append(
+            f"Scores of that mode on the held-out tasks: {scores}."
+            if scores
+            else "How well that mode works was not measured in this run."
+        )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def read_adapter(
+    folder: Path, sites: Sequence[Site], *, rank: int, alpha: float, base_model: str
+) -> LoraBank:
+    """Read a PEFT directory as a bank of one slot, in fp32 on the CPU.
+
+    Raises AdapterError, before any tensor is read, unless its base model, rank, alpha, tensor
+    names and shapes are exactly the run's; and for values that aren't finite.
+    """
+    _refuse_pickles_and_links(folder)
+    _check_config(folder, sites, rank=rank, alpha=alpha, base_model=base_model)
+    expected: dict[str, list[int]] = {}
+    for site in sites:
+        expected[_key(site.name, "A")] = [rank, site.d_in]
+        expected[_key(site.name, "B")] = [site.d_out, rank]
+    tensors = _read_tensors(folder / WEIGHTS_FILE, expected)
+    return LoraBank(
+        {site.name: tensors[_key(site.name, "A")].float().unsqueeze(0) for site in sites},
+        {site.name: tensors[_key(site.name, "B")].float().unsqueeze(0) for site in sites},
+        alpha / rank,
+    )
+
+
+def stack_adapters(
+    folders: Sequence[Path], sites: Sequence[Site], *, rank: int, alpha: float, base_model: str
+) -> LoraBank:
+    """Read several PEFT directories as one bank with a slot for each, in their order."""
+    banks = [
+        read_adapter(folder, sites, rank=rank, alpha=alpha, base_model=base_model)
+        for folder in folders
+    ]
+    return LoraBank(
+        {site.name: torch.cat([bank.a[site.name] for bank in banks]) for site in sites},
+        {site.name: torch.cat([bank.b[site.name] for bank in banks]) for site in sites},
+        alpha / rank,
+    )
+
+
+def read_instruction(folder: Path) -> EncodedInstruction:
+    """Read the encoded instruction of an adapter made with fusion, as a batch of one task."""
+    _refuse_pickles_and_links(folder)
+    path = folder / INSTRUCTION_FILE
+    shapes = _header(path)
+    if set(shapes) != {"states", "mask"} or len(shapes["states"]) != 2:
+        raise AdapterError(f"{path} holds {shapes}, not states [I, D] and mask [I]: export again")
+    if shapes["mask"] != shapes["states"][:1]:
+        raise AdapterError(
+            f"{path}: mask {shapes['mask']} doesn't fit states {shapes['states']}: export again"
+        )
+    tensors = _read_tensors(path, shapes)
+    mask = tensors["mask"].bool()
+    if not mask.any():
+        raise AdapterError(f"{path}: the mask leaves no token of the instruction: export again")
+    return EncodedInstruction(tensors["states"].float().unsqueeze(0), mask.unsqueeze(0))
+
+
+def _refuse_pickles_and_links(folder: Path) -> None:
+    if folder.is_symlink() or not folder.is_dir():
+        raise AdapterError(f"{folder} is not a folder: give a PEFT adapter's own, not a link to it")
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            raise AdapterError(f"{path} is a link, which is not followed: copy the file there")
+        if path.suffix in PICKLES:
+            raise AdapterError(
+                f"{path} is a pickle, which can run code and is never loaded: save the adapter with"
+                f" safe_serialization=True as {WEIGHTS_FILE}, and remove it"
+            )
+
+
+def _check_config(
+    folder: Path, sites: Sequence[Site], *, rank: int, alpha: float, base_model: str
+) -> None:
+    path = folder / CONFIG_FILE
+    config = _read_config(path)
+    targets = config.get("target_modules")
+    found = {
+        "peft_type": config.get("peft_type"),
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target_modules": sorted(map(str, targets)) if isinstance(targets, list) else targets,
+    }
+    wanted = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({site.module for site in sites}),
+    }
+    for field, value in wanted.items():
+        if found[field] != value:
+            raise AdapterError(
+                f"{path}: {field} is {found[field]!r}, this run needs {value!r}:"
+                " use an adapter made for this backbone and these lora settings"
+            )
+    for field, plain in PLAIN_LORA.items():
+        if config.get(field, plain[0]) not in plain:
+            raise AdapterError(
+                f"{path}: {field}={config[field]!r} makes it more than a plain LoRA:"
+                f" train the adapter with {field}={plain[0]!r}"
+            )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise AdapterError(
+                f"{path} has more than {MAX_CONFIG_BYTES} bytes: give a PEFT configuration"
+            )
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: give the folder of a PEFT adapter") from None
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON ({error}): export it again") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} is not a JSON object: export the adapter again")
+    return config
+
+
+def _header(path: Path) -> dict[str, list[int]]:
+    """Tensor names and shapes of a safetensors file; no tensor is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: export the adapter again") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} can't be read ({error}): export the adapter again") from None
+
+
+def _read_tensors(path: Path, expected: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Read a file's tensors if their names and shapes are exactly the expected ones."""
+    shapes = _header(path)
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} does not belong there" for name in shapes if name not in expected]
+    problems += [
+        f"{name} has shape {shapes[name]}, not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise AdapterError(
+            f"{path}: {'; '.join(problems[:3])}{more}:"
+            " use an adapter made for this backbone and these lora settings"
+        )
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            raise AdapterError(f"{path}: {name} is not finite: train the adapter again")
+    return tensors

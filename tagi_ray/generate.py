@@ -1,0 +1,136 @@
+"""Adapters for instructions that nobody trained on: encode, generate, write PEFT directories.
+
+Axes: K tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tagi_ray.config import Experiment
+from tagi_ray.errors import DataError
+from tagi_ray.evaluate import Scorer, load_weights
+from tagi_ray.export import adapter_readme, module_hash, write_adapter
+from tagi_ray.model import build_model
+from tagi_ray.shards import ShardTask
+from tagi_ray.systems import KNOWN_SYSTEMS
+from tagi_ray.tasks import PositiveExample, Task, check_name
+from tagi_ray.vocabulary import TextTokenizer
+
+SYSTEM = "tagi"
+ORIGIN = "Generated from the task's instruction; the prompt of an instance has none in it."
+
+
+def instructed_task(instruction: str, name: str | None = None) -> Task:
+    """Return a task that has an instruction and nothing else; unnamed, it is named by its hash."""
+    if not instruction.strip():
+        raise DataError("the instruction is empty: describe the task in a sentence or more")
+    digest = hashlib.sha256(instruction.encode()).hexdigest()[:8]
+    return Task(name or f"instruction_{digest}", "", (instruction,))
+
+
+def read_instructions(path: Path) -> list[Task]:
+    """Read a JSONL file of {"instruction", "task"?, "positive_examples"?: [{"input", "output"}]}.
+
+    Raises DataError with file and line for a line that is no such record, or a repeated task.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: can't be read as UTF-8 text ({error}); name another file"
+        ) from error
+    tasks: dict[str, Task] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            task = _record_task(line, f"{path}:{number}")
+            if task.name in tasks:
+                raise DataError(
+                    f"{path}:{number}: task {task.name!r} stands there twice; rename one"
+                )
+            tasks[task.name] = task
+    if not tasks:
+        raise DataError(f"{path}: holds no instruction; write one JSON object per line")
+    return list(tasks.values())
+
+
+def _record_task(line: str, where: str) -> Task:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not JSON ({error.msg}); write one object per line") from error
+    known = {"instruction", "task", "positive_examples"}
+    if not isinstance(record, dict) or not record.keys() <= known or "instruction" not in record:
+        raise DataError(f'{where}: write {{"instruction": "...", "task": "..."}} on each line')
+    name, instruction = record.get("task"), record["instruction"]
+    if not isinstance(instruction, str) or not isinstance(name, str | None):
+        raise DataError(f"{where}: instruction and task must be strings")
+    task = instructed_task(instruction, None if name is None else check_name(name, where))
+    try:
+        examples = tuple(
+            PositiveExample(str(one["input"]), str(one["output"]))
+            for one in record.get("positive_examples", ())
+        )
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f'{where}: positive_examples must be a list of {{"input", "output"}}'
+        ) from error
+    return Task(task.name, "", task.definitions, examples)
+
+
+def generate_adapters(
+    experiment: Experiment,
+    run_folder: Path,
+    weights: Path,
+    tasks: Sequence[Task],
+    output: Path,
+    alone: Mapping[str, float] | None = None,
+) -> list[Path]:
+    """Write the adapter of each task's instruction to `output/<task>/`.
+
+    weights: `state.safetensors` of the finetuned hypernetwork. alone: scores in percent of the
+    adapters without fusion, for their README.
+    """
+    return list(_generate(experiment, run_folder, weights, tasks, output, alone))
+
+
+def _generate(
+    experiment: Experiment,
+    run_folder: Path,
+    weights: Path,
+    tasks: Sequence[Task],
+    output: Path,
+    alone: Mapping[str, float] | None,
+) -> Iterator[Path]:
+    tokenizer = run_folder / "tokenizer"
+    model = build_model(experiment, tokenizer, SYSTEM, experiment.seeds[0])
+    load_weights(model, weights)
+    scorer = Scorer(model.eval(), TextTokenizer(tokenizer), experiment, run_folder)
+    base, kind = model.backbone.identity, experiment.fusion.kind
+    fusion: dict[str, Any] = {"fusion": kind, "fusion_weights_hash": module_hash(model.fusion)}
+    size = experiment.evaluation.tasks_per_batch
+    for start in range(0, len(tasks), size):
+        chunk = tasks[start : start + size]
+        bank, memory = scorer.condition(
+            KNOWN_SYSTEMS[SYSTEM],
+            [ShardTask(task, ()) for task in chunk],
+            {t.name: t for t in chunk},
+        )
+        assert bank is not None
+        for slot, task in enumerate(chunk):
+            readme = adapter_readme(task.name, base, origin=ORIGIN, fusion=kind, alone=alone)
+            write_adapter(
+                output / task.name,
+                bank,
+                slot,
+                lora=experiment.lora,
+                base_model=base,
+                readme=readme,
+                instruction=memory,
+                **(fusion if memory is not None else {}),
+            )
+            yield output / task.name

@@ -1,0 +1,257 @@
+"""Plan rows to tokens: fetch the text of each group, choose, render, tokenise.
+
+All of it runs inside Ray Data tasks, which must start fast: nothing here needs torch.
+
+Axes: K groups, N instances in each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tagi_ray.config import DataSettings
+from tagi_ray.prompts import PromptKind, render_input, render_instruction
+from tagi_ray.tasks import PositiveExample
+from tagi_ray.vocabulary import TOKENIZER, TextTokenizer
+
+Part = Literal["instruction", "input", "prompt"]
+
+CACHE_BYTES = 128 << 20
+"""Decoded row groups that a process keeps."""
+MEMO = 4096
+"""Rendered and tokenised instructions that a process keeps."""
+
+_ids = pa.list_(pa.int32())
+TOKENS = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("slot", pa.int32()),
+        ("task", pa.string()),
+        ("category", pa.string()),
+        ("cut", pa.int32()),
+        ("instruction", _ids),
+        ("input", pa.list_(_ids)),
+        ("prompt", pa.list_(_ids)),
+        ("target", pa.list_(_ids)),
+    ]
+)
+"""Tokenised groups: a row a group, token lists N to a row besides the instruction's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextGroup:
+    """N instances of one task as text, with the one definition that this group reads."""
+
+    task: str
+    category: str
+    definition: str
+    examples: tuple[PositiveExample, ...]
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    slot: int = -1
+    position: int = 0
+
+
+def prepare(
+    block: pa.Table,
+    files: tuple[str, ...],
+    seed: int,
+    tokenizer_folder: str,
+    settings: DataSettings,
+    parts: tuple[Part, ...],
+) -> pa.Table:
+    """Return the tokenised groups of a block of `OrderPlan.table`."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return tokenise(fetch(block, files, seed), tokenizer, settings, parts)
+
+
+def load_tokenizer(folder: str) -> TextTokenizer:
+    """Return this process's tokenizer of a folder."""
+    file = os.path.join(folder, TOKENIZER)
+    return _load_tokenizer(folder, os.stat(file).st_mtime_ns if os.path.exists(file) else 0)
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(folder: str, changed_ns: int) -> TextTokenizer:
+    # Blocks are the unit of parallelism: the tokenizer's own threads would compete with them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return TextTokenizer(folder)
+
+
+class _RowGroups:
+    """Row groups that were read last, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[tuple[str, int, int], pa.Table] = OrderedDict()
+
+    def get(self, file: str, changed_ns: int, row_group: int) -> pa.Table:
+        # A worker process may outlive the file that it has read: a new one has another time.
+        key = (file, changed_ns, row_group)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        table = pq.ParquetFile(file).read_row_group(row_group, use_threads=False)
+        self._kept[key] = table
+        self._bytes += table.nbytes
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return table
+
+
+@lru_cache(maxsize=1)
+def _row_groups() -> _RowGroups:
+    return _RowGroups(CACHE_BYTES)
+
+
+def fetch(block: pa.Table, files: Sequence[str], seed: int) -> list[TextGroup]:
+    """Read the text of each group of a plan table, and draw its definition and references."""
+    numbers: list[int] = block["file"].unique().to_pylist()
+    changed = {number: os.stat(files[number]).st_mtime_ns for number in numbers}
+    groups: list[TextGroup] = []
+    for ref in block.to_pylist():
+        number: int = ref["file"]
+        table = _row_groups().get(files[number], changed[number], ref["row_group"])
+        groups.append(_text_group(ref, table, seed))
+    return groups
+
+
+def _text_group(ref: dict[str, Any], table: pa.Table, seed: int) -> TextGroup:
+    row, offsets = ref["row"], pa.array(ref["offsets"], pa.int16())
+
+    def one(column: str) -> Any:
+        return table[column][row].as_py()
+
+    def chosen(column: str) -> list[Any]:
+        return table[column][row].values.take(offsets).to_pylist()
+
+    task, definitions = one("task"), one("definitions")
+    examples = zip(one("positive_inputs"), one("positive_outputs"), strict=True)
+    references = zip(chosen("ids"), chosen("outputs"), strict=True)
+    return TextGroup(
+        task=task,
+        category=one("category"),
+        definition=definitions[definition_choice(seed, task, ref["position"], len(definitions))],
+        examples=tuple(PositiveExample(*example) for example in examples),
+        inputs=tuple(chosen("inputs")),
+        targets=tuple(
+            outputs[reference_choice(seed, name, ref["epoch"], len(outputs))].strip()
+            for name, outputs in references
+        ),
+        slot=ref["slot"],
+        position=ref["position"],
+    )
+
+
+def definition_choice(seed: int, task: str, position: int, count: int) -> int:
+    """Return which paraphrase the group at a position reads."""
+    return _choice(f"{seed}/{task}/{position}", count)
+
+
+def reference_choice(seed: int, instance_id: str, epoch: int, count: int) -> int:
+    """Return which of its references an instance is trained on in an epoch."""
+    return _choice(f"{seed}/{instance_id}/{epoch}", count)
+
+
+def _choice(key: str, count: int) -> int:
+    if count == 1:
+        return 0
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % count
+
+
+def tokenise(
+    groups: Sequence[TextGroup],
+    tokenizer: TextTokenizer,
+    settings: DataSettings,
+    parts: Sequence[Part],
+) -> pa.Table:
+    """Render and tokenise groups: one row each, the parts not asked for left empty."""
+    instances = len(groups[0].inputs)
+    if any(len(group.inputs) != instances for group in groups):
+        raise ValueError("the groups of a batch must have the same number of instances")
+    cut_K = np.zeros(len(groups), np.int32)
+
+    def grouped(rows: list[list[int]], cut: list[bool]) -> list[list[list[int]]]:
+        cut_K[:] += np.asarray(cut, np.int32).reshape(-1, instances).sum(1, dtype=np.int32)
+        return [rows[i : i + instances] for i in range(0, len(rows), instances)]
+
+    nothing = [[[]] * instances] * len(groups)
+    targets = [text for group in groups for text in group.targets]
+    columns: dict[str, Any] = {
+        "position": [group.position for group in groups],
+        "slot": [group.slot for group in groups],
+        "task": [group.task for group in groups],
+        "category": [group.category for group in groups],
+        "instruction": [[]] * len(groups),
+        "input": nothing,
+        "prompt": nothing,
+        "target": grouped(*tokenizer.encode_counted(targets, settings.max_target_tokens)),
+    }
+    if "instruction" in parts:
+        limit = settings.max_instruction_tokens
+        pairs = [
+            _instruction_ids(g.definition, g.examples, settings.prompt, limit, tokenizer)
+            for g in groups
+        ]
+        columns["instruction"] = [ids for ids, _ in pairs]
+        cut_K += np.asarray([cut for _, cut in pairs], np.int32)
+    if "input" in parts:
+        texts = [render_input(text) for group in groups for text in group.inputs]
+        rows = tokenizer.encode_counted(texts, settings.max_input_tokens)
+        columns["input"] = grouped(*rows)
+    if "prompt" in parts:
+        columns["prompt"] = grouped(*_prompts(groups, tokenizer, settings))
+    return pa.table({**columns, "cut": cut_K}, schema=TOKENS)
+
+
+@lru_cache(maxsize=MEMO)
+def _instruction_ids(
+    definition: str,
+    examples: tuple[PositiveExample, ...],
+    kind: PromptKind,
+    limit: int,
+    tokenizer: TextTokenizer,
+) -> tuple[list[int], bool]:
+    def fits(text: str) -> bool:
+        return tokenizer.lengths([text])[0] <= limit
+
+    text = render_instruction(definition, examples, kind, fits)
+    rows, cut = tokenizer.encode_counted([text], limit)
+    return rows[0], cut[0]
+
+
+def _prompts(
+    groups: Sequence[TextGroup], tokenizer: TextTokenizer, settings: DataSettings
+) -> tuple[list[list[int]], list[bool]]:
+    """Encode instruction and input of each instance, with the demonstrations that fit beside it."""
+    limit = settings.max_prompt_tokens
+    members = [(group, render_input(text)) for group in groups for text in group.inputs]
+    texts = [_instruction(g.definition, g.examples, settings.prompt) + text for g, text in members]
+    rows, cut = tokenizer.encode_counted(texts, limit)
+    for i in np.flatnonzero(cut):
+        group, text = members[i]
+        # Almost every prompt fits whole, so that only the others pay for trying one by one.
+        if group.examples and settings.prompt != "def":
+            shorter = render_instruction(
+                group.definition,
+                group.examples,
+                settings.prompt,
+                lambda instruction, text=text: tokenizer.lengths([instruction + text])[0] <= limit,
+            )
+            [rows[i]], [cut[i]] = tokenizer.encode_counted([shorter + text], limit)
+    return rows, cut
+
+
+@lru_cache(maxsize=MEMO)
+def _instruction(definition: str, examples: tuple[PositiveExample, ...], kind: PromptKind) -> str:
+    return render_instruction(definition, examples, kind)

@@ -1,0 +1,136 @@
+"""Generate the LoRA factors of all sites of all tasks from encoded instructions, in one pass.
+
+A query per (layer, module, A or B) attends to the instruction through a transformer trunk; a
+factored head mixes each factor's R rows from k basis rows of its site. The head starts at zero,
+so A starts at the common start and B at zero: at step 0 the model is the backbone.
+
+Axes: K tasks, I instruction tokens, Q queries (two per site), M sites of one shape, R rank,
+C capacity (the k basis rows), D features, W trunk width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tagi_ray.backbone import EncodedInstruction
+from tagi_ray.config import HypernetworkSettings, LoraSettings
+from tagi_ray.lora import LoraBank, Site, common_start
+
+
+class Block(nn.Module):
+    """Queries attend to the instruction, then to each other, then pass a feed-forward layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.cross_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, queries_KQW: Tensor, memory_KIW: Tensor, padding_KI: Tensor) -> Tensor:
+        """Return the queries [K, Q, W]; padding_KI is True where there is no token."""
+        x = self.norms[0](queries_KQW)
+        attended = self.cross_attention(
+            x, memory_KIW, memory_KIW, key_padding_mask=padding_KI, need_weights=False
+        )[0]
+        queries_KQW = queries_KQW + attended
+        x = self.norms[1](queries_KQW)
+        queries_KQW = queries_KQW + self.self_attention(x, x, x, need_weights=False)[0]
+        return queries_KQW + self.feed_forward(self.norms[2](queries_KQW))
+
+
+class FactoredHead(nn.Module):
+    """Mix one side's factors of M sites with equal features from learned basis rows."""
+
+    def __init__(
+        self, sites: int, features: int, rank: int, settings: HypernetworkSettings
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.mix = nn.Linear(settings.width, rank * settings.capacity)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+        # Unit-variance mixing weights then give rows of the size of the common start's.
+        scale = (settings.capacity * features) ** -0.5
+        self.basis_MCD = nn.Parameter(torch.randn(sites, settings.capacity, features) * scale)
+
+    def forward(self, queries_KMW: Tensor) -> Tensor:
+        """Return rows [K, M, R, D]."""
+        mix_KMRC = self.mix(queries_KMW).unflatten(-1, (self.rank, -1))
+        return torch.einsum("kmrc,mcd->kmrd", mix_KMRC, self.basis_MCD)
+
+
+class Hypernetwork(nn.Module):
+    """Instruction states -> a bank with one slot per instruction."""
+
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        width: int,
+        settings: HypernetworkSettings,
+        lora: LoraSettings,
+    ) -> None:
+        super().__init__()
+        self.sites = sites
+        self.scaling = lora.alpha / lora.rank
+        layers = sorted({site.name.rpartition(".")[0] for site in sites})
+        modules = sorted({site.module for site in sites})
+        self._layer_index = [layers.index(site.name.rpartition(".")[0]) for site in sites]
+        self._module_index = [modules.index(site.module) for site in sites]
+        self.layers = nn.Embedding(len(layers), settings.width)
+        self.modules_ = nn.Embedding(len(modules), settings.width)
+        self.sides = nn.Embedding(2, settings.width)
+        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, settings.width))
+        self.trunk = nn.ModuleList(
+            Block(settings.width, settings.heads) for _ in range(settings.layers)
+        )
+        self.norm = nn.LayerNorm(settings.width)
+        shapes = sorted({(site.d_in, site.d_out) for site in sites})
+        self._buckets = [
+            [index for index, site in enumerate(sites) if (site.d_in, site.d_out) == shape]
+            for shape in shapes
+        ]
+        self.heads_a = nn.ModuleList(
+            FactoredHead(len(bucket), d_in, lora.rank, settings)
+            for bucket, (d_in, _) in zip(self._buckets, shapes, strict=True)
+        )
+        self.heads_b = nn.ModuleList(
+            FactoredHead(len(bucket), d_out, lora.rank, settings)
+            for bucket, (_, d_out) in zip(self._buckets, shapes, strict=True)
+        )
+        for index, (site, start) in enumerate(
+            common_start(sites, lora.rank, lora.start_seed).items()
+        ):
+            assert sites[index].name == site
+            self.register_buffer(f"start_{index}", start, persistent=False)
+
+    def forward(self, encoded: EncodedInstruction) -> LoraBank:
+        """encoded: states [K, I, D], mask [K, I] -> a bank of K slots."""
+        hidden_K2MW = self._trunk_states(encoded)
+        count = len(self.sites)
+        a: dict[str, Tensor] = {}
+        b: dict[str, Tensor] = {}
+        for bucket, head_a, head_b in zip(self._buckets, self.heads_a, self.heads_b, strict=True):
+            rows_a = head_a(hidden_K2MW[:, bucket])
+            rows_b = head_b(hidden_K2MW[:, [count + index for index in bucket]])
+            for place, index in enumerate(bucket):
+                name = self.sites[index].name
+                a[name] = self.get_buffer(f"start_{index}") + rows_a[:, place]
+                b[name] = rows_b[:, place].transpose(1, 2)
+        return LoraBank(a, b, self.scaling)
+
+    def _trunk_states(self, encoded: EncodedInstruction) -> Tensor:
+        """Return [K, 2M, W]: the A queries of all sites, then their B queries."""
+        device = encoded.states_KID.device
+        layer = self.layers(torch.tensor(self._layer_index, device=device))
+        module = self.modules_(torch.tensor(self._module_index, device=device))
+        sites_MW = layer + module
+        queries = torch.cat([sites_MW + side for side in self.sides.weight])
+        queries = queries.expand(encoded.states_KID.shape[0], -1, -1)
+        memory = self.read(encoded.states_KID.to(self.norm.weight.dtype))
+        for block in self.trunk:
+            queries = block(queries, memory, ~encoded.mask_KI.bool())
+        return self.norm(queries)

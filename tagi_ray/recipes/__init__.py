@@ -1,0 +1,14 @@
+"""Recipes: YAML files of changes to the default settings, and the command line over them."""
+
+from tagi_ray.recipes.command_line import configure_logging, from_command_line, run_job
+from tagi_ray.recipes.resolve import dump, json_schema, load, names
+
+__all__ = [
+    "configure_logging",
+    "dump",
+    "from_command_line",
+    "json_schema",
+    "load",
+    "names",
+    "run_job",
+]

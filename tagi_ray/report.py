@@ -1,0 +1,252 @@
+"""A run in one offline page: scores, loss curves, configuration; and the scores as plain text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+from urllib.parse import quote
+
+from tagi_ray.metrics import METRICS
+from tagi_ray.systems import KNOWN_SYSTEMS
+
+TITLES = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
+CURVES = ("loss", "cross_entropy", "kl", "alignment")
+SHOWN_TASKS = 8
+COLOURS = ("#2f7f79", "#d08a3c", "#6a7fc1", "#b8668f")
+# Matplotlib can't write CSS variables: these stand for them, so that plots follow the page's theme.
+THEME = {"#010203": "currentColor", "#040506": "var(--line)", "#070809": "var(--soft)"}
+INK, LINE, SOFT = THEME
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` from what the run's folder holds; what is missing is left out."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = Path(__file__).with_name("report_template.html").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    scores = _read_scores(run_folder / "scores.json")
+    config = run_folder / "config.yaml"
+    page = environment.from_string(template).render(
+        name=run_folder.resolve().name,
+        config=config.read_text("utf-8") if config.is_file() else "",
+        curves=_curves(read_records(run_folder / "metrics.jsonl")),
+        files=_files(run_folder),
+        **_score_fields(scores),
+    )
+    target = run_folder / "report.html"
+    draft = run_folder / ".report.html.tmp"
+    draft.write_text(page, "utf-8")
+    draft.replace(target)
+    return target
+
+
+def scores_table(scores: Mapping[str, Any]) -> str:
+    """Plain text table of `scores.json`, with the spread over seeds where there are several."""
+    head = f"{'system':<26} {'exact match':>14} {'ROUGE-L':>14} {'tasks':>6} {'instances':>10}"
+    lines = [head, "-" * len(head)]
+    for name, row in scores["systems"].items():
+        exact, rouge = (_with_spread(row, metric) for metric in METRICS)
+        lines.append(
+            f"{name:<26} {exact:>14} {rouge:>14} {row['n_tasks']:>6} {row['n_instances']:>10}"
+        )
+    return "\n".join(lines)
+
+
+def _with_spread(row: Mapping[str, Any], metric: str) -> str:
+    seeds = [seed[metric] for seed in row["seeds"]]
+    spread = f" ± {stdev(seeds):.1f}" if len(seeds) > 1 else ""
+    return f"{row[metric]:.1f}{spread}"
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of metrics.jsonl; of a step that a resumed run wrote again, the last one."""
+    if not path.is_file():
+        return []
+    records: dict[tuple[Any, ...], Record] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["stage"], record.get("seed"), record["step"]] = record
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s:%d is no metrics record: the report is without it", path, number)
+    return list(records.values())
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {"systems": {}}
+
+
+def _score_fields(scores: Mapping[str, Any]) -> dict[str, Any]:
+    rows: dict[str, Any] = scores["systems"]
+    if not rows:
+        return {"systems": [], "shape": None}
+    focus = "tagi" if "tagi" in rows else next(iter(rows))
+    return {
+        "systems": list(rows),
+        "rows": rows,
+        "shape": rows[focus],
+        "about": {name: plan.about for name, plan in KNOWN_SYSTEMS.items()},
+        "cards": _cards(rows, focus),
+        "comparison": _comparison(rows),
+        "spread": any(len(row["seeds"]) > 1 for row in rows.values()),
+        "metrics": list(TITLES.items()),
+        "categories": {metric: _table(rows, "per_category", metric) for metric in METRICS},
+        "tasks": _table(rows, "per_task", "rouge_l", focus),
+        "focus": focus,
+        "shown": SHOWN_TASKS,
+    }
+
+
+def _cards(rows: Mapping[str, Any], focus: str) -> list[dict[str, str]]:
+    ours = rows[focus]
+    cards = [
+        _card(f"{TITLES[metric]} of {focus}", f"{ours[metric]:.1f} %", "held-out tasks")
+        for metric in METRICS
+    ]
+    for other in ("metatrain", "base", "tagi_shuffled", "teacher"):
+        if other in rows and other != focus:
+            gain = ours["rouge_l"] - rows[other]["rouge_l"]
+            cards.append(_card(f"against {other}", f"{gain:+.1f}", "ROUGE-L points"))
+    return cards
+
+
+def _card(label: str, value: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": value, "note": note}
+
+
+def _table(
+    rows: Mapping[str, Any], group: str, metric: str, focus: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of a table with a column for each system; sorted by the system in focus, best first."""
+    names = sorted({name for row in rows.values() for name in row[group]})
+    table = [
+        {"name": name, "values": [row[group].get(name, {}).get(metric) for row in rows.values()]}
+        for name in names
+    ]
+    if focus is not None:
+        best_first = {name: score[metric] for name, score in rows[focus][group].items()}
+        table.sort(key=lambda row: -best_first.get(row["name"], -1.0))
+    return table
+
+
+def _files(run_folder: Path) -> list[str]:
+    """Links, relative to the report, to what the run left."""
+    names = ["scores.json", "metrics.jsonl", "config.yaml", "predictions", "adapters", "logs"]
+    return [quote(name) for name in names if (run_folder / name).exists()]
+
+
+def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One plot for each stage: the loss and its parts, for every seed."""
+    stages: dict[str, dict[Any, list[Record]]] = {}
+    for record in records:
+        stages.setdefault(record["stage"], {}).setdefault(record.get("seed"), []).append(record)
+    curves = []
+    for stage, seeds in stages.items():
+        for history in seeds.values():
+            history.sort(key=lambda record: record["step"])
+        last = next(iter(seeds.values()))[-1]
+        caption = f"{stage}: {last['step']} steps"
+        if len(seeds) > 1:
+            caption += f", {len(seeds)} seeds"
+        speeds = [r.get("tokens_per_second", 0) for history in seeds.values() for r in history]
+        if any(speeds):
+            caption += f", {mean(speeds):,.0f} tokens/s"
+        curves.append({"svg": _loss_plot(stage, list(seeds.values())), "caption": caption})
+    return curves
+
+
+def _loss_plot(stage: str, histories: Sequence[Sequence[Record]]) -> Any:
+    figure, axes = _figure(5.2, 2.9)
+    positive = True
+    names = [name for name in CURVES if any(_number(r, name) for h in histories for r in h)]
+    for place, name in enumerate([*names, "valid_loss"]):
+        for seed, history in enumerate(histories):
+            points = [(r["step"], r[name]) for r in history if _number(r, name)]
+            if not points:
+                continue
+            positive &= all(value > 0 for _, value in points)
+            style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linewidth": 1.6}
+            if name == "valid_loss":
+                style = {"color": INK, "linestyle": "none", "marker": "o", "markersize": 4}
+            label = name.replace("_", " ") if seed == 0 else None
+            axes.plot(*zip(*points, strict=True), alpha=0.85, label=label, **style)
+    if positive:
+        axes.set_yscale("log")
+    axes.set_xlabel("step", fontsize=8, color=SOFT)
+    return _svg(figure, stage)
+
+
+def _number(record: Record, name: str) -> bool:
+    value = record.get(name)
+    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
+
+
+def _comparison(rows: Mapping[str, Any]) -> Any:
+    """Bars of exact match and ROUGE-L for each system, with a dot for each seed."""
+    figure, axes = _figure(7.2, 0.9 + 0.55 * len(rows))
+    for offset, metric, colour in zip((-0.19, 0.19), METRICS, COLOURS, strict=False):
+        places = [place + offset for place in range(len(rows))]
+        values = [row[metric] for row in rows.values()]
+        axes.barh(places, values, height=0.34, color=colour, label=TITLES[metric])
+        for place, value, row in zip(places, values, rows.values(), strict=True):
+            seeds = [seed[metric] for seed in row["seeds"]]
+            end = max([value, *seeds]) + 1
+            axes.text(end, place, f"{value:.1f}", va="center", fontsize=8, color=SOFT)
+            if len(seeds) > 1:
+                axes.plot(seeds, [place] * len(seeds), "o", color=INK, markersize=2.5)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("%", fontsize=8, color=SOFT)
+    axes.grid(axis="y", visible=False)
+    return _svg(figure, "comparison")
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.grid(color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=SOFT, labelcolor=SOFT, labelsize=8, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any, name: str) -> Any:
+    """Inline SVG of a figure, in the page's colours and without any reference to the network."""
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(
+            loc="outside upper left", ncols=5, frameon=False, fontsize=8, labelcolor=INK,
+            handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
+    target = StringIO()
+    # The salt keeps ids of different plots of one page apart, and the same plot's ids the same.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for placeholder, variable in THEME.items():
+        text = text.replace(placeholder, variable)
+    return Markup(text)  # matplotlib escapes the names in it

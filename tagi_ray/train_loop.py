@@ -1,0 +1,178 @@
+"""The one training loop, run by every worker of a stage; it knows no objective by name.
+
+What a step draws depends on its positions alone, so a stage continues from its newest verified
+checkpoint on any number of workers as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tagi_ray import history
+from tagi_ray.batches import Batch, local_batches
+from tagi_ray.errors import TrainingError
+from tagi_ray.history import Progress
+from tagi_ray.metrics import StepMeter
+from tagi_ray.objectives import Objective, Totals
+from tagi_ray.order import OrderPlan
+from tagi_ray.stages import Stage, StageSpec, build_stage, fingerprint
+from tagi_ray.zero import sum_over_ranks
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Where the loop runs. The defaults are those of a single process without Ray."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batches: Callable[..., Iterator[Batch]] = local_batches
+    report: Callable[[Record], None] = lambda record: None
+    """Called on all ranks at each checkpoint."""
+
+
+def run_stage(spec: StageSpec, worker: Worker) -> None:
+    """Train a stage to its last step; one that is done returns at once. All ranks call this.
+
+    Raises TrainingError on a loss or gradient that is not finite, on all ranks, before anything
+    non-finite is written.
+    """
+    settings, identity = spec.settings, fingerprint(spec)
+
+    # --- continue from the newest checkpoint that verifies
+    state, progress = _newest(spec, identity, worker)
+    if progress.done:
+        return
+    if worker.rank == 0:
+        history.cut(spec, progress.step)
+    stage = build_stage(spec, worker.device)
+    if state:
+        stage.engine.restore(state)
+    first, groups = progress.step, settings.groups
+    stream = _draw(spec, stage, worker, stage.plan, first * groups, settings.steps * groups)
+    accumulation = groups // settings.micro_groups // worker.world
+    validation = _validation_batches(spec, stage, worker)
+    meter = StepMeter(settings.steps, first)
+
+    for step in range(first + 1, settings.steps + 1):
+        # --- one optimiser step: its micro-batches first, the loss is divided by counts of them all
+        with meter.waiting():
+            batches = list(islice(stream, accumulation))
+        losses = _losses(stage, batches, worker, train=True)
+        _refuse_non_finite(spec, step, losses)
+        update = stage.engine.step()
+        _refuse_non_finite(spec, step, update)
+        meter.step(int(losses.pop("tokens")))
+        progress.add(losses)
+        progress.step, progress.done = step, step == settings.steps
+
+        # --- once in a while: validate, log, save
+        valid = {}
+        if validation and (progress.done or _due(step, settings.valid_every)):
+            with torch.no_grad():
+                valid["valid_loss"] = _losses(stage, validation, worker, train=False)["loss"]
+        improved = bool(valid) and (
+            progress.best is None or valid["valid_loss"] < progress.best["valid_loss"]
+        )
+        if improved:
+            progress.best = {"step": step, **valid}
+        if valid or progress.done or _due(step, settings.log_every):
+            record = {"step": step, **progress.means(), **valid, **update, **meter.read()}
+            if worker.rank == 0:
+                history.append(spec, record)
+        if improved or progress.done or _due(step, settings.save_every):
+            state = stage.engine.state()
+            if worker.rank == 0:
+                history.save(spec, identity, progress, state)
+            worker.report({"stage": spec.name, "step": step, **losses})
+    stage.engine.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _draw(
+    spec: StageSpec, stage: Stage, worker: Worker, plan: OrderPlan, start: int, stop: int
+) -> Iterator[Batch]:
+    return worker.batches(
+        spec.run_folder / "shards",
+        plan,
+        spec.run_folder / "tokenizer",
+        spec.experiment.data,
+        start_position=start,
+        stop_position=stop,
+        micro_groups=spec.settings.micro_groups,
+        parts=stage.objective.reads,
+        rank=worker.rank,
+        world=worker.world,
+    )
+
+
+def _validation_batches(spec: StageSpec, stage: Stage, worker: Worker) -> list[Batch]:
+    """Return this rank's share of the fixed validation groups, at least one for each rank."""
+    plan = stage.valid_plan
+    if plan is None:
+        return []
+    count = max(min(spec.settings.valid_groups, plan.groups_per_epoch), worker.world)
+    here = Worker(worker.rank, worker.world)
+    return list(_draw(spec, stage, here, plan, 0, count))
+
+
+def _losses(stage: Stage, batches: list[Batch], worker: Worker, *, train: bool) -> dict[str, float]:
+    """Return the loss over all ranks' batches, its parts, and the number of tokens read."""
+    tokens = sum(_tokens(batch) for batch in batches)
+    batches = [batch.to(worker.device) for batch in batches]
+    totals = _totals(stage.objective, batches)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        with ExitStack() as scope:
+            share = stage.engine.forward(batch, totals, scope)
+            if train:
+                stage.engine.backward(share.loss)
+        for name, part in {"loss": share.loss.detach(), **share.parts}.items():
+            sums[name] = sums[name] + part if name in sums else part
+    own = [*sums.values(), torch.tensor(float(tokens), device=worker.device)]
+    (summed,) = sum_over_ranks([torch.stack([part.float() for part in own])])
+    return dict(zip([*sums, "tokens"], summed.tolist(), strict=True))
+
+
+def _totals(objective: Objective, batches: list[Batch]) -> Totals:
+    """Return the objective's counts, summed over micro-batches and ranks."""
+    counts = [objective.denominators(batch) for batch in batches]
+    own = [torch.stack([count[name] for count in counts]).sum(0) for name in counts[0]]
+    return dict(zip(counts[0], sum_over_ranks(own), strict=True))
+
+
+def _tokens(batch: Batch) -> int:
+    masks = (batch.instruction_mask_KI, batch.input_mask_KNS, batch.prompt_mask_KNS)
+    return sum(int(mask.sum()) for mask in masks) + int(batch.valid_tokens())
+
+
+def _refuse_non_finite(spec: StageSpec, step: int, values: Mapping[str, float]) -> None:
+    """Raise on a value that is not finite: it is summed over ranks, so all of them raise."""
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        raise TrainingError(
+            f"stage {spec.name}, seed {spec.seed}: "
+            + ", ".join(f"{name} is {value}" for name, value in bad.items())
+            + f" at step {step}, with learning rate {spec.rate:g}: lower the rate, or the norm that"
+            f" gradients are clipped to ({spec.kind}.optimizer.clip_norm)"
+        )
+
+
+def _newest(spec: StageSpec, identity: str, worker: Worker) -> tuple[dict[str, Tensor], Progress]:
+    """Return where to continue. Rank 0 looks, for it may have to set torn checkpoints aside."""
+    own = history.newest_step(spec) if worker.rank == 0 else 0
+    (step,) = sum_over_ranks([torch.tensor(float(own), device=worker.device)])
+    return history.restore(spec, identity, int(step))

@@ -1,0 +1,273 @@
+"""Engines on spawned gloo ranks, against plain torch and against themselves after a restore."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tagi_ray.config import StageSettings
+from tagi_ray.errors import ConfigError
+from tagi_ray.lora import LoraBank
+from tagi_ray.objectives import LossParts, Objective
+from tagi_ray.optim import build_optimizer, clip_gradients, rate_factor
+from tagi_ray.zero import (
+    BankEngine,
+    Engine,
+    ZeroEngine,
+    check_optimizer,
+    slot_steps,
+    sum_over_ranks,
+)
+
+GROUPS, FEATURES, STEPS = 8, 6, 6
+
+
+@dataclass
+class Rows:
+    """Stands in for a batch: what an engine itself reads of one is `slots_K`."""
+
+    inputs: Tensor
+    targets: Tensor
+    slots_K: Tensor
+
+
+class Model(nn.Module):
+    """A frozen layer below a trained one, like a backbone and what is trained with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.frozen = nn.Linear(FEATURES, 5).requires_grad_(False)
+        self.trained = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+
+def squared_error(model: Any, batch: Any, totals: dict[str, Tensor], scope: ExitStack) -> LossParts:
+    output = model.trained(model.frozen(batch.inputs))
+    loss = (output - batch.targets).square().sum() / totals["rows"]
+    return LossParts(loss, {"error": loss.detach()})
+
+
+def row_count(batch: Any) -> dict[str, Tensor]:
+    return {"rows": torch.tensor(float(len(batch.inputs)))}
+
+
+OBJECTIVE = Objective(("input",), row_count, squared_error)
+
+
+def bank_objective(bank: LoraBank) -> Objective:
+    def loss(model: Any, batch: Any, totals: dict[str, Tensor], scope: ExitStack) -> LossParts:
+        a, b = bank.a["site"][batch.slots_K], bank.b["site"][batch.slots_K]
+        output = torch.einsum("kor,krd,kd->ko", b, a, batch.inputs)
+        each = (output - batch.targets).square().sum(1)
+        value = (each / totals["rows"][batch.slots_K]).sum()
+        return LossParts(value, {"error": value.detach()})
+
+    def denominators(batch: Any) -> dict[str, Tensor]:
+        return {"rows": torch.bincount(batch.slots_K, minlength=bank.slots).float()}
+
+    return Objective(("input",), denominators, loss)
+
+
+def settings(micro_groups: int = 2, **optimizer: object) -> StageSettings:
+    optimizer = {"learning_rate": 0.05, "warmup_fraction": 0.4, "clip_norm": 0.7, **optimizer}
+    return StageSettings.model_validate(
+        {"steps": STEPS, "groups": GROUPS, "micro_groups": micro_groups, "optimizer": optimizer}
+    )
+
+
+def rows(position: int, slots: int) -> Rows:
+    generator = torch.Generator().manual_seed(position)
+    inputs, targets = (torch.randn(1, n, generator=generator) * 2 for n in (FEATURES, 3))
+    return Rows(inputs, targets, torch.tensor([position % slots]))
+
+
+def micro_batches(step: int, rank: int, world: int, micro: int, slots: int) -> list[Rows]:
+    """Position p goes to rank p mod world, as in the order plan."""
+    mine = [p for p in range(step * GROUPS, (step + 1) * GROUPS) if p % world == rank]
+    cut = [mine[i : i + micro] for i in range(0, len(mine), micro)]
+    names = ("inputs", "targets", "slots_K")
+    return [
+        Rows(*(torch.cat([getattr(rows(p, slots), name) for p in part]) for name in names))
+        for part in cut
+    ]
+
+
+def train(
+    engine: Engine, objective: Objective, first: int, last: int, micro: int, slots: int = 1
+) -> list[float]:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    losses = []
+    for step in range(first, last):
+        batches = micro_batches(step, rank, world, micro, slots)
+        counts = [objective.denominators(batch)["rows"] for batch in batches]
+        (total,) = sum_over_ranks([torch.stack(counts).sum(0)])
+        share = torch.zeros(())
+        for batch in batches:
+            with ExitStack() as scope:
+                result = engine.forward(batch, {"rows": total}, scope)
+                engine.backward(result.loss)
+            share = share + result.parts["error"]
+        engine.step()
+        losses.append(float(sum_over_ranks([share])[0]))
+    return losses
+
+
+def zero_worker(
+    folder: Path,
+    stage: int,
+    first: int,
+    last: int,
+    restore: str | None,
+    save: str | None,
+    options: dict[str, Any],
+) -> dict[str, Tensor]:
+    torch.manual_seed(dist.get_rank())  # ranks must agree through their data alone
+    chosen = settings(**options)
+    model = Model()
+    rate = chosen.optimizer.learning_rate
+    engine = ZeroEngine(model, OBJECTIVE, chosen, stage, rate, torch.device("cpu"))
+    if restore:
+        with torch.no_grad():  # a fresh engine has other values: only the restored ones may count
+            for parameter in model.trainable().values():
+                parameter.add_(1.0)
+        engine.restore(load_file(folder / restore))
+    losses = train(engine, OBJECTIVE, first, last, chosen.micro_groups)
+    state = engine.state()
+    if save and dist.get_rank() == 0:
+        save_file(state, folder / save)
+    engine.close()
+    return {"losses": torch.tensor(losses), **{k: v for k, v in state.items() if "model." in k}}
+
+
+def start_bank() -> LoraBank:
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(3, 2, FEATURES, generator=generator).requires_grad_()
+    b = torch.randn(3, 3, 2, generator=generator).requires_grad_()
+    return LoraBank({"site": a}, {"site": b}, 1.0)
+
+
+def bank_worker(folder: Path) -> dict:
+    bank = start_bank()
+    chosen, objective = settings(), bank_objective(bank)
+    engine = BankEngine(None, objective, bank, chosen, chosen.optimizer.learning_rate)
+    losses = train(engine, objective, 0, STEPS, chosen.micro_groups, slots=3)
+    return {"losses": torch.tensor(losses), **engine.state()}
+
+
+def _rank(rank: int, world: int, folder: Path, work: Callable[..., dict], arguments: tuple) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "rendezvous"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    save_file(work(folder, *arguments), folder / f"result_{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def on_ranks(
+    world: int, folder: Path, work: Callable[..., dict], *arguments: object
+) -> dict[str, Tensor]:
+    """Run a function on spawned ranks; what it returns must be the same on all of them."""
+    (folder / "rendezvous").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_rank, (world, folder, work, arguments), nprocs=world)
+    results = [load_file(folder / f"result_{rank}.safetensors") for rank in range(world)]
+    for result in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(value, result[key]), key
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Tensor]:
+    """The same training in one process, the whole step in one batch, with torch alone."""
+    return plain_run()
+
+
+def plain_run(**options: object) -> dict[str, Tensor]:
+    chosen, model = settings(**options), Model()
+    parameters = model.trainable()
+    optimizer = build_optimizer(parameters.values(), chosen.optimizer)
+    losses = []
+    for step in range(STEPS):
+        (batch,) = micro_batches(step, 0, 1, GROUPS, 1)
+        result = squared_error(model, batch, {"rows": torch.tensor(float(GROUPS))}, ExitStack())
+        optimizer.zero_grad()
+        result.loss.backward()
+        assert clip_gradients(parameters.values(), chosen.optimizer.clip_norm) > 0.7
+        factor = rate_factor(step, STEPS, chosen.optimizer)
+        optimizer.param_groups[0]["lr"] = chosen.optimizer.learning_rate * factor
+        optimizer.step()
+        losses.append(result.loss.item())
+    weights = {f"model.{n}": p.detach().clone() for n, p in parameters.items()}
+    return {"losses": torch.tensor(losses), **weights}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=tolerance, atol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
+def test_ranks_and_accumulation_equal_plain_torch(
+    world: int, stage: int, plain: dict[str, Tensor], tmp_path: Path
+) -> None:
+    result = on_ranks(world, tmp_path, zero_worker, stage, 0, STEPS, None, None, {})
+    assert_equal(result, plain, 1e-5)
+
+
+@pytest.mark.parametrize(("stage", "new_world", "new_stage"), [(0, 1, 2), (2, 1, 0), (2, 2, 2)])
+def test_restored_run_continues_on_other_ranks_and_stage(
+    stage: int, new_world: int, new_stage: int, plain: dict[str, Tensor], tmp_path: Path
+) -> None:
+    on_ranks(2, tmp_path, zero_worker, stage, 0, 3, None, "saved", {})
+    result = on_ranks(new_world, tmp_path, zero_worker, new_stage, 3, STEPS, "saved", None, {})
+    plain = {**plain, "losses": plain["losses"][3:]}
+    assert_equal(result, plain, 1e-5)
+    if (new_world, new_stage) == (2, stage):
+        whole = on_ranks(2, tmp_path, zero_worker, stage, 0, STEPS, None, None, {})
+        assert_equal(result, {**whole, "losses": whole["losses"][3:]}, 0.0)
+
+
+def test_adafactor_survives_a_restore(tmp_path: Path) -> None:
+    options = {"name": "adafactor"}
+    on_ranks(1, tmp_path, zero_worker, 0, 0, 3, None, "saved", options)
+    result = on_ranks(2, tmp_path, zero_worker, 0, 3, STEPS, "saved", None, options)
+    expected = plain_run(**options)
+    assert_equal(result, {**expected, "losses": expected["losses"][3:]}, 1e-5)
+
+
+def test_bank_of_two_ranks_equals_one(tmp_path: Path) -> None:
+    one = on_ranks(1, tmp_path, bank_worker)
+    two = on_ranks(2, tmp_path, bank_worker)
+    assert_equal(two, one, 1e-5)
+    assert one["losses"][-1] < one["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "groups", "slots"), [(5, 3, 7), (4, 8, 3), (1, 2, 5), (10, 1, 3)]
+)
+def test_slot_steps_count_the_steps_with_rows(steps: int, groups: int, slots: int) -> None:
+    counted = [0] * slots
+    for step in range(steps):
+        for slot in {p % slots for p in range(step * groups, (step + 1) * groups)}:
+            counted[slot] += 1
+    assert slot_steps(steps, groups, slots) == counted
+
+
+def test_impossible_combinations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="zero_stage=3"):
+        check_optimizer(settings(), 3)
+    with pytest.raises(ConfigError, match="adafactor"):
+        check_optimizer(settings(name="adafactor"), 2)

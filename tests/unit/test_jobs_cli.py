@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
+RECIPE_JOBS = ["prepare_data.py", "train_teachers.py", "finetune.py", "evaluate.py", "generate.py"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_dry_run_answers_within_a_second():
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = run("jobs/finetune.py", "demo", "--dry-run")
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert statistics.median(seconds) < 1.0
+
+
+@pytest.mark.parametrize("job", RECIPE_JOBS)
+def test_dry_run_shows_the_settings_and_loads_nothing_heavy(job):
+    script = f"""
+import runpy, sys
+sys.argv = ["{job}", "demo", "lora.rank=3", "--dry-run"]
+try:
+    runpy.run_path("jobs/{job}", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{"torch", "ray", "transformers", "pyarrow", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert "\n  rank: 3\n" in done.stdout
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help(job):
+    done = run(f"jobs/{job}", "--help")
+    assert done.returncode == 0, done.stderr
+    if job in RECIPE_JOBS:
+        assert "ray job submit" in done.stdout
+        assert "demo_controls  The demo with" in done.stdout
+        assert "section.field=value" in done.stdout
+
+
+def test_wrong_settings_are_sentences_and_exit_code_2():
+    done = run("jobs/finetune.py", "demo", "lora.rnak=3", "--dry-run", "lora.alpha=-1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "2 problems:",
+        "command line: lora.alpha=-1 should be greater than 0.",
+        "command line: 'rnak' is not a field of lora. Did you mean 'rank'?",
+    ]
+
+
+def test_generate_needs_an_instruction():
+    done = run("jobs/generate.py", "demo")
+    assert done.returncode == 2
+    assert done.stderr == "command line: give --instruction TEXT or --path FILE\n"

@@ -1,0 +1,146 @@
+"""The bank, its linears and its lifetime, on a small random T5."""
+
+import pytest
+import torch
+from torch import nn
+
+from tagi_ray.errors import ConfigError
+from tagi_ray.lora import Binding, LoraBank, LoraLinear, bound, common_start, inject
+from tests.models import fill, random_backbone, random_bank, random_batch
+
+
+def test_a_bank_with_zero_b_gives_the_backbone_bit_for_bit():
+    backbone, batch = random_backbone(), random_batch()
+    bare = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+    with backbone.bound(random_bank(backbone).zeroed()):
+        zero = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+    with backbone.bound(random_bank(backbone)):
+        other = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+    assert torch.equal(bare, zero)
+    assert not torch.allclose(bare, other, atol=1e-3)
+
+
+def test_injection_changes_neither_state_dict_keys_nor_unbound_output():
+    model = nn.ModuleDict({"q": nn.Linear(4, 6), "wo": nn.Linear(6, 4)})
+    keys, x = list(model.state_dict()), torch.randn(2, 3, 4)
+    before = model["q"](x)
+    sites, _ = inject(model, ("q",))
+    assert list(model.state_dict()) == keys
+    assert [(site.name, site.d_in, site.d_out) for site in sites] == [("q", 4, 6)]
+    assert isinstance(model["q"], LoraLinear)
+    assert torch.equal(model["q"](x), before)
+
+
+def test_a_target_that_no_linear_has_is_named_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"no linear named k;.*q, wo"):
+        inject(nn.ModuleDict({"q": nn.Linear(4, 6), "wo": nn.Linear(6, 4)}), ("q", "k"))
+
+
+def test_each_task_gets_its_own_update_as_computed_by_hand():
+    linear = nn.Linear(5, 7)
+    model = nn.ModuleDict({"q": linear})
+    sites, binding = inject(model, ("q",))
+    bank = fill(sites, slots=3, rank=2, scaling=0.5)
+    x = torch.randn(6, 4, 5)
+    with bound(binding, bank):
+        output = model["q"](x)
+    for row in range(6):
+        slot = row // 2
+        weight = linear.weight.double() + 0.5 * (
+            bank.b["q"][slot].double() @ bank.a["q"][slot].double()
+        )
+        expected = x[row].double() @ weight.T + linear.bias.double()
+        torch.testing.assert_close(output[row].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_do_not_divide_among_the_tasks_are_refused():
+    model = nn.ModuleDict({"q": nn.Linear(5, 7)})
+    sites, binding = inject(model, ("q",))
+    with (
+        bound(binding, fill(sites, slots=3)),
+        pytest.raises(ValueError, match=r"4 rows .* 3 tasks"),
+    ):
+        model["q"](torch.randn(4, 5))
+
+
+def test_several_tasks_in_one_batch_equal_as_many_runs():
+    backbone, batch = random_backbone(), random_batch(tasks=3)
+    bank = random_bank(backbone, tasks=3)
+    with backbone.bound(bank):
+        together = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+    for slot in range(3):
+        with backbone.bound(bank.take(torch.tensor([slot]))):
+            alone = backbone.logits(
+                batch.input_ids_KNS[slot : slot + 1],
+                batch.input_mask_KNS[slot : slot + 1],
+                batch.target_ids_KNT[slot : slot + 1],
+            )
+        torch.testing.assert_close(together[slot], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_binding_a_second_bank_before_the_first_backward_raises():
+    backbone, batch = random_backbone(), random_batch()
+    bank = random_bank(backbone, requires_grad=True)
+    with backbone.bound(bank):
+        loss = backbone.logits(
+            batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT
+        ).sum()
+    with pytest.raises(RuntimeError, match="awaits its backward"), backbone.bound(bank):
+        pass
+    loss.backward()
+    with backbone.bound(bank):
+        pass
+
+
+def test_a_forward_that_is_thrown_away_does_not_block_the_next_bank():
+    backbone, batch = random_backbone(), random_batch()
+    with backbone.bound(random_bank(backbone, requires_grad=True)):
+        logits = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+    del logits
+    with backbone.bound(random_bank(backbone)):
+        pass
+
+
+def test_two_banks_at_a_time_raise():
+    binding, bank = Binding(), LoraBank({"q": torch.zeros(1, 1, 1)}, {"q": torch.zeros(1, 1, 1)}, 1)
+    with bound(binding, bank), pytest.raises(RuntimeError, match="bound already"):
+        binding.bind(bank)
+
+
+def _gradients(checkpointing: bool, late: bool = False) -> list[torch.Tensor]:
+    backbone, batch = random_backbone(checkpointing=checkpointing), random_batch()
+    bank = random_bank(backbone, requires_grad=True)
+    teacher = random_bank(backbone, seed=5)
+    with torch.no_grad(), backbone.bound(teacher):
+        target = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+    with backbone.bound(bank):
+        logits = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+        loss = (logits - target).square().mean()
+        if not late:
+            loss.backward()
+    if late:
+        loss.backward()
+    return [factor.grad for factor in (*bank.a.values(), *bank.b.values())]
+
+
+def test_gradients_with_and_without_activation_checkpointing_agree():
+    for plain, recomputed in zip(_gradients(False), _gradients(True), strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(plain, recomputed, atol=1e-6, rtol=1e-5)
+
+
+def test_a_bank_that_is_gone_at_the_recomputing_backward_raises():
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        _gradients(True, late=True)
+
+
+def test_the_common_start_depends_on_its_seed_alone():
+    sites = random_backbone().sites
+    torch.manual_seed(1)
+    first = common_start(sites, 4, seed=3)
+    torch.manual_seed(2)
+    again, other = common_start(sites, 4, seed=3), common_start(sites, 4, seed=4)
+    name = sites[0].name
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+    assert first[name].abs().max() <= sites[0].d_in ** -0.5

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tagi_ray import recipes
+from tagi_ray.errors import ConfigError
+from tagi_ray.recipes import yaml_source
+
+NEEDS = {"sni_small": ["data.path=tasks", "data.test_tasks_file=test_tasks.txt"]}
+FOLDER = Path(recipes.__file__).parent
+
+
+def problems(name: str | Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        recipes.load(str(name), list(overrides))
+    return caught.value.problems
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write_recipe(text: str, name: str = "mine.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return name
+
+    return write_recipe
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_resolves(name):
+    assert recipes.load(name, NEEDS.get(name, [])).name == name
+
+
+def test_demo_controls_asks_for_all_controls_and_seeds():
+    demo, controls = recipes.load("demo"), recipes.load("demo_controls")
+    assert controls.seeds == (0, 1, 2)
+    assert set(controls.variants) == {"tagi", "tagi_adapter_only", "tagi_fusion_only"}
+    assert {
+        "metatrain",
+        "tagi_adapter_only",
+        "tagi_adapter_only_shuffled",
+        "tagi_fusion_only",
+        "tagi_fusion_only_shuffled",
+    } <= set(controls.evaluation.systems)
+    assert controls.finetune == demo.finetune
+
+
+def test_sni_small_names_the_overrides_it_needs():
+    found = problems("sni_small")
+    assert len(found) == 2
+    assert "give data.path=" in found[0]
+    assert "give data.test_tasks_file=" in found[1]
+
+
+def test_all_problems_are_reported_at_once_with_their_place(write, monkeypatch):
+    monkeypatch.delenv("NO_VARIABLE", raising=False)
+    recipe = write(
+        """\
+base: demo
+finetune:
+  optimizer: {learning_rat: 1e-4}
+  groups: 7
+lora:
+  rank: -1
+  alpha: 1
+  alpha: 2
+data:
+  source: sinthetic
+backbone:
+  path: ${NO_VARIABLE}/t5
+storage: !!python/object/apply:os.system [ls]
+"""
+    )
+    found = problems(recipe, "teachers.steps=many", "metatrain.groups=9", "lora", "seeds=[0, a]")
+    expected = [
+        "mine.yaml:3: 'learning_rat' is not a field of finetune.optimizer."
+        " Did you mean 'learning_rate'?",
+        "mine.yaml:4: finetune.groups=7 is not a multiple of"
+        " finetune.micro_groups=8 x resources.workers=1",
+        "mine.yaml:6: lora.rank=-1 should be greater than 0.",
+        "mine.yaml:8: 'alpha' stands twice, first on line 7",
+        "mine.yaml:12: the environment variable 'NO_VARIABLE' of ${NO_VARIABLE} is not set",
+        "command line: teachers.steps='many' should be a valid integer.",
+        "command line: metatrain.groups=9 is not a multiple of"
+        " metatrain.micro_groups=8 x resources.workers=1",
+        "command line: 'lora' is not section.field=value",
+        "command line: seeds.1='a' should be a valid integer.",
+    ]
+    assert [line for line in expected if line not in found] == []
+    assert any(
+        line.startswith("mine.yaml:10: data.source='sinthetic'")
+        and line.endswith("Did you mean 'synthetic'?")
+        for line in found
+    )
+    assert any(line.startswith("mine.yaml:13: the tag !!python") for line in found)
+    assert not any("\n" in line for line in found)
+
+
+def test_a_check_between_fields_says_nothing_of_a_field_that_is_wrong_itself(write):
+    found = problems(write("base: demo\nfinetune: {groups: x, micro_groups: 3}\n"))
+    assert found == ["mine.yaml:2: finetune.groups='x' should be a valid integer."]
+
+
+def test_the_command_line_is_blamed_for_the_conflict_it_makes():
+    (found,) = problems("demo", "evaluation.systems=[tagi_fusion_only]")
+    assert found.startswith("command line: evaluation.systems asks for 'tagi_fusion_only'")
+
+
+def test_a_known_field_in_the_wrong_section_is_pointed_out():
+    (found,) = problems("demo", "finetune.learning_rate=1e-4")
+    assert found.endswith("Did you mean 'finetune.optimizer.learning_rate'?")
+
+
+def test_an_unknown_field_like_no_other_gets_the_list():
+    (found,) = problems("demo", "lora.zzz=1")
+    assert found.endswith("Its fields: rank, alpha, targets, start_seed")
+
+
+def test_unknown_recipe():
+    (found,) = problems("demo_control")
+    assert "Did you mean 'demo_controls'?" in found
+    assert all(name in found for name in recipes.names())
+
+
+def test_missing_file_and_text_that_is_not_yaml(write):
+    assert problems("nowhere/x.yaml") == ["command line: there is no recipe file 'nowhere/x.yaml'"]
+    (found,) = problems(write("lora: [1\nx: 2\n"))
+    assert found.startswith("mine.yaml:2: not YAML")
+    assert "a mapping of sections" in problems(write("- 1\n"))[0]
+    (tmp := Path("latin.yaml")).write_bytes(b"name: \xe9\n")
+    assert "cannot be read as UTF-8" in problems(tmp)[0]
+
+
+def test_deltas_on_deltas(write):
+    write("base: demo\nname: other\nlora: {rank: 4, alpha: 8}\n", "first.yaml")
+    experiment = recipes.load(write("base: first\nlora: {rank: 2}\n"))
+    assert (experiment.lora.rank, experiment.lora.alpha) == (2, 8.0)
+    assert experiment.lora.targets == recipes.load("demo").lora.targets
+    assert experiment.name == "mine"
+
+
+def test_a_circle_of_bases(write):
+    write("base: mine\n", "first.yaml")
+    (found,) = problems(write("base: first\n"))
+    assert found == "first.yaml:1: base goes in a circle: mine -> first -> mine"
+
+
+def test_overrides_are_yaml_and_the_last_one_holds():
+    experiment = recipes.load(
+        "demo",
+        ["lora.targets=[q,v]", "lora.rank=1e1", "lora.rank=8", "data.path=a=b", "name=no"],
+    )
+    assert experiment.lora.targets == ("q", "v")
+    assert experiment.lora.rank == 8
+    assert experiment.data.path == "a=b"
+    assert experiment.name == "no"
+
+
+@pytest.mark.parametrize("text", ["true", "012", "0o14", "1_000", "1:30", "'8'", "8.5", ".inf"])
+def test_what_only_looks_like_an_integer_is_refused(text):
+    (found,) = problems("demo", f"lora.rank={text}")
+    assert found.startswith("command line: lora.rank=")
+
+
+def test_infinite_and_missing_numbers_are_refused():
+    for text in (".inf", ".nan", "null", "1e999"):
+        assert len(problems("demo", f"lora.alpha={text}")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("1e4", 1e4),
+        ("5.e-3", 5e-3),
+        (".5", 0.5),
+        ("-1.5e+3", -1500.0),
+        ("+7", 7),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("012", "012"),
+        ("2024-01-01", "2024-01-01"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+    ],
+)
+def test_scalars(text, value):
+    parsed = yaml_source.parse(f"x: {text}")
+    assert not parsed.problems
+    assert parsed.value == {"x": value}
+    assert type(parsed.value["x"]) is type(value)
+
+
+def test_aliases_are_refused_so_that_a_small_file_stays_small():
+    bomb = "a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+    parsed = yaml_source.parse(bomb)
+    assert {line for line, _ in parsed.problems} == {1, 2}
+
+
+def test_environment_variables(monkeypatch):
+    monkeypatch.setenv("TAGI_RANK", "4")
+    monkeypatch.setenv("TAGI_FOLDER", "here: there")
+    experiment = recipes.load("demo", ["lora.rank=${TAGI_RANK}", "storage=${TAGI_FOLDER}/runs"])
+    assert experiment.lora.rank == 4
+    assert experiment.storage == "here: there/runs"
+    assert problems("demo", "lora.rank='${TAGI_RANK}'")  # quoted: a string
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "${" not in text)
+    | st.sampled_from(["no", "1e4", "012", "~", "null", "1_0", "0x1F", "<<", "=", "- a", "1.e5"])
+)
+
+
+@given(st.dictionaries(st.text("abc_", min_size=1), SCALARS | st.lists(SCALARS)))
+def test_what_is_dumped_is_read_back(values):
+    parsed = yaml_source.parse(yaml_source.dump(values))
+    assert not parsed.problems
+    assert parsed.value == values
+    assert repr(parsed.value) == repr(values)  # 1 is not True, nor 1.0
+
+
+def test_not_a_number_is_dumped_too():
+    assert math.isnan(yaml_source.parse(yaml_source.dump({"x": math.nan})).value["x"])
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_resolved_run_is_a_recipe(name, write):
+    experiment = recipes.load(name, NEEDS.get(name, []))
+    assert recipes.load(write(recipes.dump(experiment), "config.yaml")) == experiment
+
+
+def test_schema_is_in_sync():
+    shipped = json.loads((FOLDER / "schema.json").read_text(encoding="utf-8"))
+    assert shipped == recipes.json_schema(), "refresh it: python -m tagi_ray.recipes"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_schema_accepts_the_shipped_recipes(name):
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    jsonschema.validate(yaml_source.parse(text).value, recipes.json_schema())
+
+
+def test_schema_refuses_what_recipes_refuse():
+    for wrong in ({"lora": {"rnak": 1}}, {"lora": {"rank": 0}}, {"bsae": "demo"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, recipes.json_schema())
+
+
+def test_dumped_text_is_plain_yaml():
+    experiment = recipes.load("demo")
+    assert yaml.safe_load(recipes.dump(experiment))["lora"]["rank"] == experiment.lora.rank

@@ -1,0 +1,110 @@
+"""Names, hashes and splits of tasks."""
+
+from collections import Counter
+
+import pytest
+
+from tagi_ray.config import DataSettings
+from tagi_ray.errors import DataError
+from tagi_ray.tasks import Task, check_name, instance_hash, split_tasks
+
+
+def tasks_of(categories: dict[str, int]) -> list[Task]:
+    return [
+        Task(f"{category}_{number}", category, ("Do it.",))
+        for category, count in categories.items()
+        for number in range(count)
+    ]
+
+
+def settings(**fields) -> DataSettings:
+    return DataSettings(source="sni", path="data", **fields)
+
+
+@pytest.mark.parametrize("name", ["task1_a", "task1530_scitail1.1_x", "a-b+c", "0"])
+def test_safe_names(name):
+    assert check_name(name, "here") == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "../up", "a/b", "a b", "a\n", "é", "a..b", "x" * 201]
+)
+def test_unsafe_names_are_refused_with_their_place(name):
+    with pytest.raises(DataError, match=r"^file:3: task name"):
+        check_name(name, "file:3")
+
+
+def test_hash_is_blind_to_white_space_and_the_order_of_outputs_only():
+    assert instance_hash("a  b\n", ["x", "y "]) == instance_hash(" a b", ["y", "x"])
+    assert instance_hash("e\u0301", ["x"]) == instance_hash("\u00e9", ["x"])
+    assert instance_hash("a b", ["x"]) != instance_hash("a b", ["y"])
+    assert instance_hash("a b", ["x"]) != instance_hash("A b", ["x"])
+
+
+def test_held_out_category_is_all_test():
+    split = split_tasks(tasks_of({"a": 5, "b": 3}), settings(test_categories=("b",)), 0)
+    assert {name for name, part in split.items() if part == "test"} == {"b_0", "b_1", "b_2"}
+
+
+def test_validation_is_proportional_over_categories_and_seeded():
+    tasks = tasks_of({"a": 60, "b": 30, "c": 10, "t": 4})
+    chosen = settings(test_categories=("t",), valid_fraction=0.1)
+    valid = []
+    for seed in (0, 0, 1):
+        split = split_tasks(tasks, chosen, seed)
+        valid.append({name for name, part in split.items() if part == "valid"})
+        counts = Counter(name[0] for name in valid[-1])
+        assert (counts["a"], counts["b"], counts["c"]) == (6, 3, 1)
+    assert valid[0] == valid[1] != valid[2]
+
+
+def test_split_does_not_depend_on_the_order_of_the_tasks():
+    tasks = tasks_of({"a": 20, "t": 2})
+    chosen = settings(test_tasks=("t_0", "t_1"))
+    assert split_tasks(tasks, chosen, 3) == split_tasks(tasks[::-1], chosen, 3)
+
+
+def test_listed_tasks_may_be_absent_but_not_every_test_task(tmp_path, caplog):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("a_0\na_1\na_9\n")
+    test.write_text("t_0\n\nt_7\n")
+    chosen = settings(train_tasks_file=str(train), test_tasks_file=str(test), valid_fraction=0.0)
+    with caplog.at_level("INFO"):
+        split = split_tasks(tasks_of({"a": 3, "t": 1}), chosen, 0)
+    assert split == {"a_0": "train", "a_1": "train", "t_0": "test"}
+    assert "1 tasks of" in caplog.text
+    assert "1 tasks are in neither list" in caplog.text
+
+    test.write_text("a_8\n")
+    with pytest.raises(DataError, match=r"none of its 1 tasks.*Did you mean"):
+        split_tasks(tasks_of({"a": 3}), chosen, 0)
+
+
+def test_only_a_test_list_makes_every_other_task_a_training_task(tmp_path):
+    test = tmp_path / "test.txt"
+    test.write_text("a_0\n")
+    chosen = settings(test_tasks_file=str(test), valid_fraction=0.0)
+    assert split_tasks(tasks_of({"a": 3}), chosen, 0) == {
+        "a_0": "test", "a_1": "train", "a_2": "train",
+    }  # fmt: skip
+
+
+def test_task_in_both_lists_is_named(tmp_path):
+    train = tmp_path / "train.txt"
+    train.write_text("a_0\na_1\n")
+    chosen = settings(train_tasks_file=str(train), test_tasks=("a_1",))
+    with pytest.raises(DataError, match=r"'a_1' is held out as well"):
+        split_tasks(tasks_of({"a": 3}), chosen, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"test_categories": ("questions",)}, r"'questions' is no category.*'question'"),
+        ({"test_tasks": ("question_O",)}, r"'question_O' is no task.*'question_0'"),
+        ({"test_categories": ("question",)}, r"no training task is left of 2 tasks"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(fields, message):
+    with pytest.raises(DataError, match=message):
+        split_tasks(tasks_of({"question": 2}), settings(**fields), 0)
