@@ -2,7 +2,7 @@
 
     python jobs/benchmark.py train_step
 
-Prints a table and writes runs/benchmark/NAME.json. Below 1 in ours/other means that ours costs
+Prints a table and writes runs/benchmark/NAME.json. Above 1 in other/ours means that ours costs
 less. Leave the machine alone meanwhile.
 """
 

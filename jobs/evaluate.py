@@ -1,7 +1,7 @@
 """Score the systems of a trained run on its held-out tasks: predictions, scores and report.
 
 python jobs/evaluate.py demo
-ray job submit --working-dir . -- python jobs/evaluate.py demo
+ray job submit --working-dir . -- python jobs/evaluate.py demo storage=/mnt/shared/runs
 """
 
 from tagi_ray import recipes

@@ -3,7 +3,7 @@
 Runs what is missing before it: data, teachers. The same command again continues the run.
 
     python jobs/finetune.py demo
-    ray job submit --working-dir . -- python jobs/finetune.py demo
+    ray job submit --working-dir . -- python jobs/finetune.py demo storage=/mnt/shared/runs
 """
 
 from tagi_ray import recipes

@@ -1,7 +1,7 @@
 """Generate the adapter of an instruction, or of each in a JSONL file, with a trained run.
 
 python jobs/generate.py demo --instruction "Take the red words ..." --output adapter
-ray job submit --working-dir . -- python jobs/generate.py demo --path instructions.jsonl
+ray job submit --working-dir . -- python jobs/generate.py demo --path some.jsonl storage=/mnt/runs
 """
 
 from argparse import ArgumentParser
@@ -22,7 +22,7 @@ def main() -> None:
     if not (given.instruction or given.path):
         raise ConfigError(["command line: give --instruction TEXT or --path FILE"])
 
-    from tagi_ray import pipeline  # after the checks: it imports Ray
+    from tagi_ray import pipeline  # after the checks: it imports torch
 
     result = pipeline.generate(
         experiment, instruction=given.instruction, path=given.path, output=given.output

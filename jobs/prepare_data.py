@@ -1,7 +1,7 @@
 """Turn the task files of a recipe into shards, a manifest and a tokenizer.
 
 python jobs/prepare_data.py demo
-ray job submit --working-dir . -- python jobs/prepare_data.py demo
+ray job submit --working-dir . -- python jobs/prepare_data.py demo storage=/mnt/shared/runs
 """
 
 from tagi_ray import recipes

@@ -1,7 +1,7 @@
 """Train the teacher adapters of a recipe, many in one bank; finished ones are kept.
 
 python jobs/train_teachers.py demo
-ray job submit --working-dir . -- python jobs/train_teachers.py demo
+ray job submit --working-dir . -- python jobs/train_teachers.py demo storage=/mnt/shared/runs
 """
 
 from tagi_ray import recipes

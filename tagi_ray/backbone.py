@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from tagi_ray.lora import Binding, LoraBank, Site, bound, inject
 from tagi_ray.vocabulary import TextTokenizer
 
 DEMO = Path(__file__).parent / "demo_backbone"
+FAMILIES = ("t5", "mt5", "umt5", "longt5")
+"""Model types that the interface below fits."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +65,25 @@ class Backbone(nn.Module):
     def checkpoint_activations(self) -> None:
         """Recompute each block's activations in the backward instead of keeping them."""
         self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self._recompute(True)
+
+    def _recompute(self, switch: bool) -> None:
         for block in (*self.model.encoder.block, *self.model.decoder.block):
-            block.training = True  # the block's own flag switches recomputation, nothing else
+            block.training = switch  # the block's own flag switches recomputation, nothing else
 
     @contextmanager
     def bound(self, bank: LoraBank | None) -> Iterator[None]:
-        """Apply a bank in the block, which must span forward and backward; None: none."""
+        """Apply a bank in the block, which must span forward and backward; None: none.
+
+        Its factors are cast once, here, to the dtype of the weights that they are added to.
+        """
+        if bank is not None:
+            dtypes = {s.name: self.model.get_submodule(s.name).weight.dtype for s in self.sites}
+            bank = LoraBank(
+                {name: bank.a[name].to(dtype) for name, dtype in dtypes.items()},
+                {name: bank.b[name].to(dtype) for name, dtype in dtypes.items()},
+                bank.scaling,
+            )
         with bound(self.binding, bank):
             yield
 
@@ -111,13 +127,18 @@ class Backbone(nn.Module):
         from transformers.modeling_outputs import BaseModelOutput
 
         memory, mask = self._memory(input_ids_KNS, input_mask_KNS, instruction)
-        ids = self.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=memory),  # pyright: ignore[reportArgumentType]
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-        )
+        recomputes = self.model.decoder.block[0].training
+        self._recompute(False)  # a block that recomputes drops the cache of earlier tokens
+        try:
+            ids = self.model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=memory),  # pyright: ignore[reportArgumentType]
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+            )
+        finally:
+            self._recompute(recomputes)
         return ids.unflatten(0, input_ids_KNS.shape[:2])
 
     def _encoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -142,7 +163,7 @@ def load_backbone(
 ) -> Backbone:
     """Load the backbone and give its target linears their sites.
 
-    Raises ConfigError for a path that is no encoder-decoder model, or a tokenizer with more
+    Raises ConfigError for a path that is no model of the T5 family, or a tokenizer with more
     entries than the model has embeddings.
     """
     tokenizer = TextTokenizer(tokenizer_folder)
@@ -163,19 +184,54 @@ def load_backbone(
     return backbone
 
 
-def _pretrained_model(settings: BackboneSettings) -> Any:
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+def identify(settings: BackboneSettings) -> str:
+    """Say which weights the settings name: a hash of local files, or a commit of the hub.
 
-    path = str(DEMO) if settings.path == "demo" else settings.path
+    Loads no weights. Raises ConfigError for what is no model of the T5 family.
+    """
+    if settings.path == "random":
+        return "random"
+    config, folder = _pretrained_config(settings), Path(_source(settings))
+    if not folder.is_dir():
+        commit = getattr(config, "_commit_hash", None) or settings.revision or "main"
+        return f"{settings.path}@{commit}"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError([f"backbone.path={settings.path} holds no .safetensors file"])
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _source(settings: BackboneSettings) -> str:
+    return str(DEMO) if settings.path == "demo" else settings.path
+
+
+def _pretrained_config(settings: BackboneSettings) -> Any:
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(path, revision=settings.revision)
-        if not config.is_encoder_decoder:
-            raise ConfigError([
-                f"backbone.path={settings.path} is a decoder-only {config.model_type} model:"
-                " name an encoder-decoder model of the T5 family"
-            ])  # fmt: skip
+        config = AutoConfig.from_pretrained(_source(settings), revision=settings.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError([f"backbone.path={settings.path} cannot be loaded: {reason}"]) from error
+    if config.model_type not in FAMILIES:
+        raise ConfigError([
+            f"backbone.path={settings.path} is a model of type {config.model_type}: name an"
+            f" encoder-decoder model of the T5 family ({', '.join(FAMILIES)})"
+        ])  # fmt: skip
+    return config
+
+
+def _pretrained_model(settings: BackboneSettings) -> Any:
+    from transformers import AutoModelForSeq2SeqLM
+
+    config = _pretrained_config(settings)
+    try:
         return AutoModelForSeq2SeqLM.from_pretrained(
-            path,
+            _source(settings),
             config=config,
             revision=settings.revision,
             dtype=getattr(torch, settings.dtype),

@@ -127,7 +127,7 @@ def best(newest: Path) -> Path:
 
     Raises CheckpointError if it does not verify.
     """
-    chosen = load(newest)[1]["progress"]["best"]
+    chosen = meta(newest)["progress"]["best"]
     path = newest if chosen is None else path_of(newest.parent, chosen["step"])
     if (problem := damage(path)) is not None:
         raise CheckpointError(f"{path}, the best in validation, is damaged: {problem}")
@@ -136,7 +136,7 @@ def best(newest: Path) -> Path:
 
 def best_loss(newest: Path) -> float:
     """Return the lowest validation loss, as the newest checkpoint tells; infinity without one."""
-    chosen = load(newest)[1]["progress"]["best"]
+    chosen = meta(newest)["progress"]["best"]
     return float("inf") if chosen is None else chosen["valid_loss"]
 
 
@@ -159,21 +159,34 @@ def damage(path: Path) -> str | None:
 
 
 def load(path: Path, fingerprint: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the meta data of a verified checkpoint.
-
-    Raises CheckpointError if it cannot be read, or if `fingerprint` is given and the meta data's
-    is another: the settings or the data have changed since.
-    """
+    """Return the tensors and the meta data of a verified checkpoint; see `meta` for refusals."""
+    about = meta(path, fingerprint)
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
-        if fingerprint is not None and meta.get("fingerprint") != fingerprint:
-            raise CheckpointError(
-                f"{path} was trained with other settings or data: choose another run name, or"
-                " delete that checkpoint folder to train the stage again"
-            )
-        return load_file(path / STATE), meta
+        return load_file(path / STATE), about
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def meta(path: Path, fingerprint: str | None = None) -> dict[str, Any]:
+    """Return the meta data of a checkpoint, whose tensors are not looked at.
+
+    Raises CheckpointError if it is not what was saved, or if `fingerprint` is given and the meta
+    data's is another: the settings or the data have changed since.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = (path / META).read_bytes()
+        if hashlib.sha256(content).hexdigest() != files[META]["sha256"]:
+            raise CheckpointError(f"{path}: {META} has another hash")
+        about = json.loads(content)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if fingerprint is not None and about.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{path} was trained with other settings or data: choose another run name, or"
+            " delete that checkpoint folder to train the stage again"
+        )
+    return about
 
 
 def _sha256(path: Path) -> str:

@@ -6,9 +6,10 @@ Imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -17,6 +18,19 @@ Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+
+T = TypeVar("T")
+
+
+def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:
+    repeated = sorted({str(item) for item in items if items.count(item) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} stands there twice: keep one")
+    return items
+
+
+Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
+"""At least one, and no two the same."""
 
 
 class Section(BaseModel):
@@ -55,7 +69,8 @@ class DataSettings(Section):
     test_instances: Count = 100
     """Instances scored of each held-out task: the first ones (the paper: 100)."""
     oracle_instances: CountOrZero = 100
-    """Instances of each held-out task for oracle teachers, none of them scored."""
+    """Instances of each held-out task for oracle teachers, none of them scored. A task with fewer
+    to spare gives up to a third of its instances, and is scored on fewer."""
     prompt: Literal["def", "def_2pos"] = "def"
     """Tk-Instruct prompt: definition alone, or with two positive examples."""
     max_instruction_tokens: Count = 1024
@@ -68,6 +83,14 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _one_split(self) -> DataSettings:
         if self.source == "synthetic":
+            files = ("path", "revision", "train_tasks_file", "test_tasks_file")
+            given = [f"data.{name}" for name in (*files, "test_categories", "test_tasks")
+                     if getattr(self, name)]  # fmt: skip
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} would not be read, for data.source=synthetic has tasks"
+                    " and held-out tasks of its own: set another data.source, or leave that out"
+                )
             return self
         problems: list[str] = []
         if self.path is None:
@@ -127,7 +150,7 @@ class LoraSettings(Section):
     rank: Count = 32
     alpha: Positive = 64.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("q", "v")
+    targets: Distinct[str] = ("q", "v")
     """Last part of the names of the linears that get an adapter."""
     start_seed: int = 0
     """Seed of the common A factors that every teacher and the hypernetwork start from."""
@@ -143,14 +166,21 @@ class HypernetworkSettings(Section):
     capacity: Count = 64
     """Number k of basis rows from which each factor is mixed: the one capacity knob."""
 
+    @model_validator(mode="after")
+    def _whole_heads(self) -> HypernetworkSettings:
+        if self.width % self.heads:
+            raise ValueError(
+                f"hypernetwork.width={self.width} is not a multiple of"
+                f" hypernetwork.heads={self.heads}"
+            )
+        return self
+
 
 class FusionSettings(Section):
     """How the instruction reaches the student besides its adapter."""
 
     kind: Literal["none", "concat"] = "concat"
     """`concat`: the encoded instruction stands before the input in the decoder's memory."""
-    projection: bool = False
-    """Train a projection of the encoded instruction on its way there (the paper has none)."""
 
 
 class DistillationSettings(Section):
@@ -199,20 +229,25 @@ class StageSettings(Section):
     """Groups of validation tasks in that loss."""
 
 
-class TeacherSettings(StageSettings):
-    """Teacher adapters, trained with instances, several in one bank."""
+class BankSettings(StageSettings):
+    """Adapters trained with instances, several in one bank; they are not validated."""
 
-    enabled: bool = True
-    """Without teachers only the cross-entropy is trained."""
     per: Literal["task", "category"] = "task"
     prompt: Literal["full", "input"] = "full"
     """What a teacher reads: instruction and input (Eq. 5), or the input alone."""
 
 
+class TeacherSettings(BankSettings):
+    """Teachers of the training tasks."""
+
+    enabled: bool = True
+    """Without teachers only the cross-entropy is trained."""
+
+
 class MetatrainSettings(StageSettings):
     """Instruction tuning of the whole backbone: the baseline."""
 
-    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4,)
+    learning_rates: Distinct[Positive] = (1e-4,)
     """Each is trained, the best on validation is scored. Replaces optimizer.learning_rate."""
 
 
@@ -222,7 +257,7 @@ class ResourceSettings(Section):
     workers: Count = 1
     cpus_per_worker: Count = 1
     gpus_per_worker: CountOrZero = 0
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Literal[0, 1, 2] = 0
     max_failures: CountOrZero = 0
     """Worker failures after which a stage is given up."""
 
@@ -243,7 +278,7 @@ Variant = Literal["tagi", "tagi_adapter_only", "tagi_fusion_only"]
 class EvaluationSettings(Section):
     """Which systems are scored on the held-out tasks, and in which batches."""
 
-    systems: tuple[System, ...] = SYSTEMS
+    systems: Distinct[System] = SYSTEMS
     tasks_per_batch: Count = 8
     instances_per_batch: Count = 50
     actors: Count = 1
@@ -257,7 +292,7 @@ class Experiment(Section):
     """Folder of the run under `storage`."""
     storage: str = "runs"
     """Folder that holds the runs; relative paths are taken from where the job starts."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Distinct[int] = (0,)
     """Everything trained besides teachers is repeated for each seed."""
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
@@ -268,9 +303,9 @@ class Experiment(Section):
     teachers: TeacherSettings = TeacherSettings()
     finetune: StageSettings = StageSettings()
     metatrain: MetatrainSettings = MetatrainSettings()
-    oracle: TeacherSettings = TeacherSettings()
+    oracle: BankSettings = BankSettings()
     """Teachers of the held-out tasks: an upper bound that nothing else may read."""
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("tagi",)
+    variants: Distinct[Variant] = ("tagi",)
     """Hypernetworks to train: the method, or with fusion off, or with the bank zeroed."""
     resources: ResourceSettings = ResourceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -294,6 +329,7 @@ class Experiment(Section):
             for section, stage in self.stages().items()
             if stage.groups % (stage.micro_groups * self.resources.workers)
         ]
+        problems += [*self._unfit_optimizers(), *self._unread()]
         needs_oracle = "teacher" in self.evaluation.systems
         if needs_oracle and self.data.oracle_instances == 0:
             problems.append(
@@ -307,14 +343,47 @@ class Experiment(Section):
                 problems.append(
                     f"evaluation.systems asks for {system!r}, but {variant!r} is not in variants"
                 )
-        if "tagi_fusion_only" in self.variants and not self.fusion.projection:
+        if "tagi_fusion_only" in self.variants and self.fusion.kind == "none":
             problems.append(
-                "variants has 'tagi_fusion_only', which trains nothing without fusion.projection:"
-                " set fusion.projection=true, or leave the variant out"
+                "variants has 'tagi_fusion_only', and fusion.kind=none leaves it nothing to train:"
+                " set fusion.kind=concat, or leave the variant out"
             )
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _unfit_optimizers(self) -> Iterator[str]:
+        zero = self.resources.zero_stage
+        for section, stage in self.stages().items():
+            if stage.optimizer.name != "adafactor":
+                continue
+            if isinstance(stage, BankSettings):
+                yield f"{section}.optimizer.name=adafactor: teachers are trained with adamw alone"
+            elif zero:
+                # ZeRO hands the optimiser flat shards, which have no rows and columns.
+                yield (
+                    f"{section}.optimizer.name=adafactor needs resources.zero_stage=0, not {zero}:"
+                    " it factors whole matrices, and ZeRO cuts them"
+                )
+            elif section == "metatrain" and self.backbone.dtype == "bfloat16":
+                yield (
+                    f"{section}.optimizer.name=adafactor needs backbone.dtype=float32: weights"
+                    " in bfloat16 are trained by ZeRO, which cuts the matrices that it factors"
+                )
+
+    def _unread(self) -> Iterator[str]:
+        """Tell of fields that were changed, and that nothing reads in their section."""
+        defaults = StageSettings()
+        for section, stage in self.stages().items():
+            if isinstance(stage, BankSettings):
+                for name in ("valid_every", "valid_groups"):
+                    if getattr(stage, name) != getattr(defaults, name):
+                        yield f"{section}.{name} would not be read: teachers are not validated"
+        if self.metatrain.optimizer.learning_rate != defaults.optimizer.learning_rate:
+            yield (
+                "metatrain.optimizer.learning_rate would not be read: set"
+                f" metatrain.learning_rates=[{self.metatrain.optimizer.learning_rate:g}]"
+            )
 
     def stages(self) -> dict[str, StageSettings]:
         """Training stages by the name of their section."""

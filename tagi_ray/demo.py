@@ -44,9 +44,12 @@ def word_tokenizer() -> Tokenizer:
 
 def train_demo_backbone(experiment: Experiment, say: Callable[[str], None] = print) -> Path:
     """Train the backbone as the recipe says, and write it to the package."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     DEMO.mkdir(exist_ok=True)
     word_tokenizer().save(str(DEMO / TOKENIZER))
-    run = open_run(experiment)
+    experiment, run = open_run(experiment)
     shards = prepare_data(experiment, say)
     connect(experiment)
     seed = experiment.seeds[0]
@@ -55,6 +58,8 @@ def train_demo_backbone(experiment: Experiment, say: Callable[[str], None] = pri
     model = build_model(experiment, run / "tokenizer", "metatrain", seed)
     load_weights(model, trained_weights(experiment, run, "metatrain", seed))
     model.backbone.model.save_pretrained(DEMO)
+    for path in DEMO.glob("*.safetensors"):
+        path.chmod(0o644)  # whoever installs the package reads it, whatever the umask here
     seen = {
         "recipe": experiment.name,
         "fingerprint": read_manifest(shards).fingerprint,

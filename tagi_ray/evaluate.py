@@ -33,6 +33,7 @@ from tagi_ray.model import TagiModel, build_model
 from tagi_ray.shards import ShardTask, read_manifest, read_tasks_of
 from tagi_ray.systems import KNOWN_SYSTEMS, SystemPlan, Weights, instruction_sources
 from tagi_ray.tasks import Task
+from tagi_ray.teachers import folder_name
 from tagi_ray.vocabulary import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,9 @@ class Scorer:
 
     def _oracle_bank(self, tasks: Sequence[ShardTask]) -> LoraBank:
         per = self.experiment.oracle.per
-        names = [one.task.name if per == "task" else one.task.category for one in tasks]
+        names = [
+            one.task.name if per == "task" else folder_name(one.task.category) for one in tasks
+        ]
         bank = stack_adapters(
             [self.oracle_folder / name for name in names],
             self.model.backbone.sites,
@@ -242,7 +245,7 @@ def evaluate(
 
     weights: seed -> stage -> its `state.safetensors`. Systems without trained weights are scored
     once, under the first seed. Writes `predictions/<seed>/<system>.parquet` and `scores.json`,
-    and returns the latter's content.
+    where other systems' scores on the same data stay; returns the latter's content.
     """
     # Actors start in another folder.
     run_folder = run_folder.absolute()
@@ -263,14 +266,8 @@ def evaluate(
             f"{system}, seed {seed}: exact match {scores['exact_match']:.1f} %,"
             f" ROUGE-L {scores['rouge_l']:.1f} %"
         )
-    scores = {
-        "systems": {name: over_seeds(found[name]) for name in experiment.evaluation.systems},
-        "run": _run_fields(experiment, run_folder),
-    }
-    draft = run_folder / ".scores.json.tmp"
-    draft.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    draft.replace(run_folder / "scores.json")
-    return scores
+    systems = {name: over_seeds(found[name]) for name in experiment.evaluation.systems}
+    return write_scores(run_folder, systems, _run_fields(experiment, run_folder))
 
 
 def plan_jobs(
@@ -344,6 +341,21 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, draft)
     draft.replace(path)
+
+
+def write_scores(
+    run_folder: Path, systems: Mapping[str, Any], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write `scores.json` and return it; other systems' scores of an equal `run` stay in it."""
+    path = run_folder / "scores.json"
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    merged = {**(before["systems"] if before.get("run") == run else {}), **systems}
+    ordered = {name: merged[name] for name in KNOWN_SYSTEMS if name in merged}
+    scores = {"systems": ordered, "run": dict(run)}
+    draft = run_folder / ".scores.json.tmp"
+    draft.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draft.replace(path)
+    return scores
 
 
 def over_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -18,11 +18,15 @@ from tagi_ray.config import FusionSettings
 class Fusion(nn.Module):
     """Turn encoded instructions into what the decoder's memory gets of them."""
 
-    def __init__(self, settings: FusionSettings, width: int) -> None:
+    def __init__(self, settings: FusionSettings, width: int, *, projected: bool = False) -> None:
+        """projected: train a projection of the encoded instruction, which the method has none of.
+
+        Without an adapter to generate it is all that plain concatenation could learn.
+        """
         super().__init__()
         self.kind = settings.kind
         self.projection: nn.Linear | None = None
-        if settings.kind == "concat" and settings.projection:
+        if projected:
             self.projection = nn.Linear(width, width)
             # Zero, and added to the states: at step 0 the memory is the plain concatenation.
             nn.init.zeros_(self.projection.weight)
@@ -34,5 +38,5 @@ class Fusion(nn.Module):
             return None
         if self.projection is None:
             return encoded
-        states = encoded.states_KID
+        states = encoded.states_KID.to(self.projection.weight.dtype)
         return EncodedInstruction(states + self.projection(states), encoded.mask_KI)

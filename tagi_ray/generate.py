@@ -6,15 +6,17 @@ Axes: K tasks.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tagi_ray.config import Experiment
 from tagi_ray.errors import DataError
 from tagi_ray.evaluate import Scorer, load_weights
 from tagi_ray.export import adapter_readme, module_hash, write_adapter
+from tagi_ray.json_files import read_json_lines
 from tagi_ray.model import build_model
 from tagi_ray.shards import ShardTask
 from tagi_ray.systems import KNOWN_SYSTEMS
@@ -38,33 +40,20 @@ def read_instructions(path: Path) -> list[Task]:
 
     Raises DataError with file and line for a line that is no such record, or a repeated task.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: can't be read as UTF-8 text ({error}); name another file"
-        ) from error
     tasks: dict[str, Task] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            task = _record_task(line, f"{path}:{number}")
-            if task.name in tasks:
-                raise DataError(
-                    f"{path}:{number}: task {task.name!r} stands there twice; rename one"
-                )
-            tasks[task.name] = task
+    for number, record in read_json_lines(path):
+        task = _record_task(record, f"{path}:{number}")
+        if task.name in tasks:
+            raise DataError(f"{path}:{number}: task {task.name!r} stands there twice; rename one")
+        tasks[task.name] = task
     if not tasks:
         raise DataError(f"{path}: holds no instruction; write one JSON object per line")
     return list(tasks.values())
 
 
-def _record_task(line: str, where: str) -> Task:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON ({error.msg}); write one object per line") from error
+def _record_task(record: Mapping[str, Any], where: str) -> Task:
     known = {"instruction", "task", "positive_examples"}
-    if not isinstance(record, dict) or not record.keys() <= known or "instruction" not in record:
+    if not record.keys() <= known or "instruction" not in record:
         raise DataError(f'{where}: write {{"instruction": "...", "task": "..."}} on each line')
     name, instruction = record.get("task"), record["instruction"]
     if not isinstance(instruction, str) or not isinstance(name, str | None):
@@ -90,7 +79,7 @@ def generate_adapters(
     output: Path,
     alone: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Write the adapter of each task's instruction to `output/<task>/`.
+    """Write the adapter of each task's instruction to `output/<task>/`, in this process.
 
     weights: `state.safetensors` of the finetuned hypernetwork. alone: scores in percent of the
     adapters without fusion, for their README.
@@ -109,7 +98,9 @@ def _generate(
     tokenizer = run_folder / "tokenizer"
     model = build_model(experiment, tokenizer, SYSTEM, experiment.seeds[0])
     load_weights(model, weights)
-    scorer = Scorer(model.eval(), TextTokenizer(tokenizer), experiment, run_folder)
+    on_gpu = experiment.resources.gpus_per_worker and torch.cuda.is_available()
+    model = model.to("cuda" if on_gpu else "cpu").eval()
+    scorer = Scorer(model, TextTokenizer(tokenizer), experiment, run_folder)
     base, kind = model.backbone.identity, experiment.fusion.kind
     fusion: dict[str, Any] = {"fusion": kind, "fusion_weights_hash": module_hash(model.fusion)}
     size = experiment.evaluation.tasks_per_batch

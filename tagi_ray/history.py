@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tagi_ray import checkpoint
+from tagi_ray.report import read_records
 from tagi_ray.stages import StageSpec
 
 METRICS = "metrics.jsonl"
@@ -32,18 +32,23 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     """Losses summed since the last record, over `summed` steps."""
     summed: int = 0
+    cut_texts: int = 0
+    """Texts that were longer than allowed, since the last record."""
 
-    def add(self, losses: Mapping[str, float]) -> None:
+    def add(self, losses: Mapping[str, float], cut_texts: int) -> None:
         """Count a step."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss
         self.summed += 1
+        self.cut_texts += cut_texts
 
-    def means(self) -> dict[str, float]:
-        """Return the mean losses since the last call."""
-        means = {name: total / self.summed for name, total in self.sums.items()}
-        self.sums, self.summed = {}, 0
-        return means
+    def take(self) -> dict[str, float]:
+        """Return the mean losses since the last call, and the number of cut texts if any were."""
+        values = {name: total / self.summed for name, total in self.sums.items()}
+        if self.cut_texts:
+            values["cut_texts"] = self.cut_texts
+        self.sums, self.summed, self.cut_texts = {}, 0, 0
+        return values
 
 
 def newest_step(spec: StageSpec) -> int:
@@ -54,18 +59,23 @@ def newest_step(spec: StageSpec) -> int:
 
 def is_done(spec: StageSpec, identity: str) -> bool:
     """Say whether the stage has reached its last step."""
-    return restore(spec, identity, newest_step(spec))[1].done
+    return progress_at(spec, identity, newest_step(spec)).done
 
 
-def restore(spec: StageSpec, identity: str, step: int) -> tuple[dict[str, Tensor], Progress]:
-    """Return state and progress at a step; at 0, those of a new stage.
+def progress_at(spec: StageSpec, identity: str, step: int) -> Progress:
+    """Return the progress that a checkpoint tells of; at step 0, that of a new stage.
 
     Raises CheckpointError unless it was saved with the same `identity`.
     """
     if step == 0:
-        return {}, Progress()
-    state, meta = checkpoint.load(checkpoint.path_of(spec.checkpoints, step), identity)
-    return state, Progress(**meta["progress"])
+        return Progress()
+    meta = checkpoint.meta(checkpoint.path_of(spec.checkpoints, step), identity)
+    return Progress(**meta["progress"])
+
+
+def state_at(spec: StageSpec, step: int) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint."""
+    return checkpoint.load(checkpoint.path_of(spec.checkpoints, step))[0]
 
 
 def save(spec: StageSpec, identity: str, progress: Progress, state: Mapping[str, Tensor]) -> None:
@@ -97,23 +107,10 @@ def cut(spec: StageSpec, step: int) -> None:
         same = (record["stage"], record["seed"]) == (spec.name, spec.seed)
         return not same or record["step"] <= step
 
-    kept = "".join(json.dumps(record) + "\n" for record in read(path) if stays(record))
+    kept = "".join(json.dumps(record) + "\n" for record in read_records(path) if stays(record))
     draft = path.with_suffix(".tmp")
     draft.write_text(kept, encoding="utf-8")
     draft.replace(path)
-
-
-def read(path: Path) -> list[Record]:
-    """Return the records of a metrics file, without a last line that is being written."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def _names(spec: StageSpec) -> Record:

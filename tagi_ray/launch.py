@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -9,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tagi_ray import history
+from tagi_ray import errors, history
 from tagi_ray.config import Experiment, ResourceSettings
 from tagi_ray.errors import ConfigError, TagiError, TrainingError
+from tagi_ray.report import read_records
 from tagi_ray.stages import StageSpec, fingerprint
-from tagi_ray.zero import check_optimizer
+from tagi_ray.zero import sum_over_ranks
 
 OBJECT_STORE_BYTES = 300 * 2**20
 """Of a local cluster: batches of token ids are small."""
@@ -35,17 +37,17 @@ logger = logging.getLogger(__name__)
 def connect(experiment: Experiment) -> None:
     """Connect to the cluster that RAY_ADDRESS names, as `ray job` does, or start a local one.
 
-    Raises ConfigError if an existing cluster can never have the CPUs and GPUs that are asked for.
+    Raises ConfigError if it can never have the CPUs and GPUs that are asked for.
     """
     import ray
     import ray.data
+    import torch
 
-    resources = experiment.resources
     if ray.is_initialized():
-        _check_capacity(resources)
+        _check_capacity(experiment, _most())
         return
     for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
+        if handler.name == "console":
             handler.setLevel(logging.ERROR)  # its plans and progress are in its own log file
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,11 +55,18 @@ def connect(experiment: Experiment) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        _check_capacity(resources)
+        _check_capacity(experiment, _most())
     else:
+        each = experiment.resources.cpus_per_worker
+        logical = {
+            "CPU": max(count * each for count in _processes(experiment).values()) + SPARE_CPUS,
+            "GPU": torch.cuda.device_count(),
+        }
+        _check_capacity(experiment, logical)
         ray.init(
             address="local",  # never join a cluster of someone else on this machine
-            num_cpus=resources.workers * resources.cpus_per_worker + SPARE_CPUS,
+            num_cpus=logical["CPU"],
+            num_gpus=logical["GPU"],
             object_store_memory=OBJECT_STORE_BYTES,
             dashboard_port=0,
             **quiet,
@@ -75,15 +84,15 @@ def fit(
     worker's own words; an error of this project keeps its type.
     """
     specs = [specs] if isinstance(specs, StageSpec) else list(specs)
-    for spec in specs:
-        if not spec.trains_bank:
-            check_optimizer(spec.settings, spec.experiment.resources.zero_stage)
     specs = [spec for spec in specs if not history.is_done(spec, fingerprint(spec))]
     if not specs:
         return
     run_folder = specs[0].run_folder
     news = _News(run_folder / history.METRICS)
     failure: list[BaseException] = []
+    refusal = _refusal_of(specs)
+    refusal.parent.mkdir(parents=True, exist_ok=True)
+    refusal.unlink(missing_ok=True)
 
     def train() -> None:
         try:
@@ -98,6 +107,9 @@ def fit(
         thread.join(POLL_SECONDS)
         for record in news.read():
             say(progress_line(record))
+    if refusal.exists():
+        name, *arguments = json.loads(refusal.read_text(encoding="utf-8"))
+        raise getattr(errors, name)(*arguments) from (failure[0] if failure else None)
     if failure:
         raise _explained(failure[0], run_folder) from failure[0]
 
@@ -127,10 +139,13 @@ def progress_line(record: Mapping[str, Any]) -> str:
     known = {
         "stage", "seed", "variant", "step", "steps", "loss", "valid_loss", "grad_norm",
         "learning_rate", "tokens_per_second", "step_time", "data_wait", "seconds_left",
+        "cut_texts",
     }  # fmt: skip
     parts = [f"{name} {value:.4f}" for name, value in record.items() if name not in known]
     if "valid_loss" in record:
         parts.append(f"valid {record['valid_loss']:.4f}")
+    if "cut_texts" in record:
+        parts.append(f"cut {record['cut_texts']} texts")
     minutes, seconds = divmod(round(record["seconds_left"]), 60)
     return "  ".join([
         f"{record['stage']} seed {record['seed']}",
@@ -166,9 +181,26 @@ def train_on_worker(config: Mapping[str, Any]) -> None:
         batches=iterate_batches,
         report=ray.train.report,
     )
-    for spec in specs:
-        run_stage(spec, worker)
-        gc.collect()  # engines hold cycles, and with them the last stage's model
+    # Ray starts the workers again after any error, and these would end the same way. All ranks
+    # must agree, wherever the file is seen first.
+    refusal = _refusal_of(specs)
+    (refused,) = sum_over_ranks([torch.tensor(float(refusal.exists()), device=worker.device)])
+    if refused:
+        return
+    try:
+        for spec in specs:
+            run_stage(spec, worker)
+            gc.collect()  # engines hold cycles, and with them the last stage's model
+    except TagiError as error:
+        draft = refusal.with_name(f".{refusal.name}.{worker.rank}.tmp")
+        draft.write_text(json.dumps([type(error).__name__, *error.args]), encoding="utf-8")
+        draft.replace(refusal)
+        raise
+
+
+def _refusal_of(specs: Sequence[StageSpec]) -> Path:
+    """Return the file in which workers say what another start would not cure."""
+    return specs[0].run_folder / "logs" / "refusal.json"
 
 
 def _trainer(specs: Sequence[StageSpec]) -> Any:
@@ -201,21 +233,37 @@ def _per_worker(resources: ResourceSettings) -> dict[str, float]:
     return {"CPU": resources.cpus_per_worker, **gpus}
 
 
-def _check_capacity(resources: ResourceSettings) -> None:
-    """Refuse a cluster that is too small even when its autoscaler has done what it can."""
+def _processes(experiment: Experiment) -> dict[str, int]:
+    """Processes that hold a worker's resources at a time, by the setting that says how many."""
+    return {
+        "resources.workers": experiment.resources.workers,
+        "evaluation.actors": experiment.evaluation.actors,
+    }
+
+
+def _most() -> Mapping[str, float]:
+    """Return what the cluster has when its autoscaler has done what it can."""
     import ray
     from ray._private.state import state
 
-    most = state.get_max_resources_from_cluster_config() or ray.cluster_resources()
-    for name, each in _per_worker(resources).items():
-        spare = 1 if name == "CPU" else 0
-        needed, found = resources.workers * each + spare, most.get(name, 0)
-        if found < needed:
-            beside = " and 1 for reading data" if spare else ""
-            raise ConfigError([
-                f"resources.workers={resources.workers} needs {needed:g} {name}s ({each:g} each"
-                f"{beside}), and the cluster has {found:g}: ask for fewer, or enlarge the cluster"
-            ])  # fmt: skip
+    return state.get_max_resources_from_cluster_config() or ray.cluster_resources()
+
+
+def _check_capacity(experiment: Experiment, most: Mapping[str, float]) -> None:
+    """Refuse what would wait for resources for ever."""
+    problems: list[str] = []
+    for setting, count in _processes(experiment).items():
+        for name, each in _per_worker(experiment.resources).items():
+            spare = 1 if (setting, name) == ("resources.workers", "CPU") else 0
+            needed, found = count * each + spare, most.get(name, 0)
+            if found < needed:
+                beside = " and 1 for reading data" if spare else ""
+                problems.append(
+                    f"{setting}={count} needs {needed:g} {name}s ({each:g} each{beside}), and the"
+                    f" cluster has {found:g}: ask for fewer, or enlarge the cluster"
+                )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _ray_logs() -> Path:
@@ -242,7 +290,7 @@ class _News:
         if changed == self._changed:
             return
         self._changed = changed
-        for record in history.read(self._path):
+        for record in read_records(self._path):
             key = (record["stage"], record["seed"], record["step"])
             if self._seen.get(key) != record:
                 self._seen[key] = record

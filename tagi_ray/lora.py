@@ -175,7 +175,7 @@ class LoraLinear(nn.Linear):
         bank = self.binding.bank
         if bank is None:
             return output
-        a, b = bank.a[self.site.name].to(input.dtype), bank.b[self.site.name].to(input.dtype)
+        a, b = bank.a[self.site.name], bank.b[self.site.name]
         if input.shape[0] % a.shape[0]:
             raise ValueError(f"{input.shape[0]} rows do not divide among {a.shape[0]} tasks")
         rows = input.reshape(a.shape[0], -1, input.shape[-1])
@@ -210,7 +210,10 @@ def inject(model: nn.Module, targets: tuple[str, ...]) -> tuple[tuple[Site, ...]
 
 @contextmanager
 def bound(binding: Binding, bank: LoraBank | None) -> Iterator[None]:
-    """Bind a bank for the block, which must span forward and backward. None: bare backbone."""
+    """Bind a bank for the block, which must span forward and backward. None: bare backbone.
+
+    Its factors must have the dtype of the weights of their sites.
+    """
     if bank is None:
         yield
         return

@@ -12,27 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 METRICS = ("exact_match", "rouge_l")
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-class RougeTokenizer(Protocol):
-    """What rouge-score asks of a tokenizer."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Tokens of a text."""
-        ...
-
-
-class BlankTokenizer:
-    """Splits at blanks, for scripts in which rouge-score's own a-z tokenizer finds no token."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Tokens of a text, as they stand."""
-        return text.split()
 
 
 def normalize_answer(text: str) -> str:
@@ -47,29 +31,22 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(normalize_answer(reference) == wanted for reference in references))
 
 
-def rouge_l(
-    prediction: str, references: Sequence[str], tokenizer: RougeTokenizer | None = None
-) -> float:
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Best ROUGE-L F1 over the references, 0 to 1.
 
-    The default tokenizer keeps a-z and 0-9 only, so text in another script scores 0: give a
-    `tokenizer` for it, e.g. `BlankTokenizer()`. Words are stemmed with the default one only.
+    rouge-score keeps a-z and 0-9 only, so text in another script scores 0.
     """
     _refuse_no_reference(references)
-    scorer = _stemming_scorer() if tokenizer is None else _rouge_scorer(tokenizer)
+    scorer = _rouge_scorer()
     scores = (scorer.score(target=reference, prediction=prediction) for reference in references)
     return max(float(score["rougeL"].fmeasure) for score in scores)
 
 
 @cache
-def _stemming_scorer() -> Any:
-    return _rouge_scorer(None)
-
-
-def _rouge_scorer(tokenizer: RougeTokenizer | None) -> Any:
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # slow import: it brings nltk
 
-    return RougeScorer(["rougeL"], use_stemmer=tokenizer is None, tokenizer=tokenizer)
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def _refuse_no_reference(references: Sequence[str]) -> None:

@@ -67,8 +67,8 @@ def build_model(
     """Build the model of a stage. Initial values depend on the seed alone, not on the device.
 
     `metatrain` trains the whole backbone, `teacher` nothing but a bank kept outside the model,
-    the variants a hypernetwork: `tagi_adapter_only` without fusion, `tagi_fusion_only` with a
-    bank that stays zero.
+    the variants a hypernetwork: `tagi_adapter_only` without fusion; `tagi_fusion_only`, whose bank
+    stays zero, trains a projection of the fused instruction in its place.
     """
     backbone = load_backbone(
         experiment.backbone, experiment.lora, tokenizer_folder, experiment.seeds[0]
@@ -84,7 +84,7 @@ def build_model(
         hypernetwork = Hypernetwork(
             backbone.sites, backbone.width, experiment.hypernetwork, experiment.lora
         )
-        fusion = Fusion(settings, backbone.width)
-    zero_bank = kind == "tagi_fusion_only"
+        zero_bank = kind == "tagi_fusion_only"
+        fusion = Fusion(settings, backbone.width, projected=zero_bank)
     hypernetwork.requires_grad_(not zero_bank)
     return TagiModel(backbone, hypernetwork, fusion, zero_bank=zero_bank)

@@ -104,10 +104,12 @@ def finetune(
 
     def loss(model: TagiModel, batch: Batch, totals: Totals, scope: ExitStack) -> LossParts:
         taught = batch.slots_K >= 0
-        taught_bank = None if teachers is None else teachers.take(batch.slots_K.clamp_min(0))
+        taught_bank = None
+        if teachers is not None and taught.any():
+            taught_bank = teachers.take(batch.slots_K.clamp_min(0))
         encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
         teacher_logits = None
-        if use_kl:
+        if use_kl and taught_bank is not None:
             with torch.no_grad(), model.backbone.bound(taught_bank):
                 ids, mask = _prompt(batch, teacher_prompt)
                 teacher_logits = model.backbone.logits(ids, mask, batch.target_ids_KNT)
@@ -118,6 +120,11 @@ def finetune(
         )
         predicted = cross_entropy(logits, batch.target_ids_KNT).sum() / totals["target_tokens"]
         value, parts = predicted, {"cross_entropy": predicted}
+        # The loop adds parts up over ranks, so that every batch names the same ones.
+        if use_kl:
+            parts["kl"] = torch.zeros_like(predicted)
+        if teachers is not None and bank is not None:
+            parts["alignment"] = torch.zeros_like(predicted)
         if teacher_logits is not None:
             kl = distillation_kl(teacher_logits, logits, batch.target_ids_KNT, settings.temperature)
             parts["kl"] = (kl * taught).sum() / totals["taught_tokens"].clamp_min(1)

@@ -56,19 +56,6 @@ def micro_batches(positions: np.ndarray, micro_groups: int) -> Iterator[np.ndarr
         yield positions[start : start + micro_groups]
 
 
-@dataclass(frozen=True, slots=True)
-class GroupRef:
-    """The group at one position."""
-
-    bucket: int
-    offsets: tuple[int, ...]
-    """Instances of the bucket, N of them; repeated only where the bucket's tail is wrapped."""
-    task: str
-    epoch: int
-    slot: int
-    """Slot of the task, -1 if it has none."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
     bucket: np.ndarray
@@ -208,17 +195,6 @@ class OrderPlan:
         self.groups_per_epoch = sum(cycle.groups for cycle in self._cycles)
         self.wrapped_instances = int((-(-counts // instances) * instances - counts).sum())
         """Instances drawn a second time in each epoch, to fill the last group of a bucket."""
-
-    def at(self, position: int) -> GroupRef:
-        """Return the group at one position."""
-        bucket, offsets, epoch, slot = self.draw(np.asarray([position], np.int64))
-        return GroupRef(
-            bucket=int(bucket[0]),
-            offsets=tuple(int(offset) for offset in offsets[0]),
-            task=self.index.tasks[self.index.task[bucket[0]]],
-            epoch=int(epoch[0]),
-            slot=int(slot[0]),
-        )
 
     def draw(
         self, positions_P: np.ndarray

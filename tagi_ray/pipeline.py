@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from tagi_ray import checkpoint, recipes
+from tagi_ray.backbone import identify
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, RunConflictError
 from tagi_ray.evaluate import evaluate as score_systems
@@ -24,7 +26,7 @@ from tagi_ray.launch import connect, fit, run_remotely
 from tagi_ray.report import read_records, scores_table, write_report
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import MANIFEST, read_manifest, read_tasks_of
-from tagi_ray.stages import StageSpec, trained_bank
+from tagi_ray.stages import BACKBONE, REPORTING, StageSpec, backbone_weights, trained_bank
 from tagi_ray.systems import KNOWN_SYSTEMS, Weights
 from tagi_ray.tasks import Task
 from tagi_ray.teachers import FOLDERS, Role, finished, teacher_names, write_teachers
@@ -35,18 +37,20 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 FREE_TO_CHANGE = frozenset({"storage", "resources", "evaluation"})
 """Sections that may differ when a run is continued: they change no trained weight."""
+KEYWORDS = frozenset({"demo", "random", "train"})
+"""Values of backbone.path and backbone.tokenizer that are no paths."""
 
 
 def prepare_data(experiment: Experiment, say: Say = print) -> Path:
     """Write the shards and the tokenizer of a run, unless they are there."""
-    run = open_run(experiment)
+    experiment, run = open_run(experiment)
     connect(experiment)
     return _prepare(experiment, run, say)
 
 
 def train_teachers(experiment: Experiment, say: Say = print) -> Path:
     """Train the teachers of the training tasks that have none yet."""
-    run = open_run(experiment)
+    experiment, run = open_run(experiment)
     connect(experiment)
     _prepare(experiment, run, say)
     _train(experiment, run, ["train"], [], say)
@@ -55,7 +59,8 @@ def train_teachers(experiment: Experiment, say: Say = print) -> Path:
 
 def finetune(experiment: Experiment, say: Say = print) -> Path:
     """Train all that a run compares, score it on the held-out tasks, export their adapters."""
-    run, systems = open_run(experiment), experiment.evaluation.systems
+    experiment, run = open_run(experiment)
+    systems = experiment.evaluation.systems
     connect(experiment)
     _prepare(experiment, run, say)
     roles: list[Role] = []
@@ -82,7 +87,7 @@ def finetune(experiment: Experiment, say: Say = print) -> Path:
 
 def evaluate(experiment: Experiment, say: Say = print) -> Path:
     """Score a trained run again, with the systems that the settings name."""
-    run = open_run(experiment)
+    experiment, run = open_run(experiment, begin=False)
     connect(experiment)
     _score(experiment, run, say)
     return write_report(run)
@@ -95,53 +100,112 @@ def generate(
     output: str | None = None,
     say: Say = print,
 ) -> Path:
-    """Write the adapters of one instruction, or of each in a JSONL file, with a trained run."""
-    run = open_run(experiment)
+    """Write the adapters of one instruction, or of each in a JSONL file, with a trained run.
+
+    In this process: it takes a moment, and this machine is where the adapters are wanted.
+    """
+    experiment, run = open_run(experiment, begin=False)
     tasks = [instructed_task(instruction)] if instruction else read_instructions(Path(path or ""))
     weights = trained_weights(experiment, run, SYSTEM, experiment.seeds[0])
-    folder = (Path(output) if output else run / "adapters").absolute()
-    connect(experiment)
-    written = run_remotely(
-        experiment, generate_adapters, experiment, run, weights, tasks, folder, _alone(run)
-    )
+    folder = _lasting("--output", output) if output else run / "adapters"
+    written = generate_adapters(experiment, run, weights, tasks, folder, _alone(run))
     say(f"{len(written)} adapters in {folder}")
     return folder
 
 
-def open_run(experiment: Experiment) -> Path:
-    """Return the folder of a run, made on its first job.
+def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment, Path]:
+    """Return the settings with absolute local paths, for workers elsewhere, and the run's folder.
 
-    Raises RunConflictError when its name belongs to a run with other settings.
+    The folder is made on the run's first job, which may `begin` it. Raises ConfigError where there
+    is none otherwise, RunConflictError when it belongs to a run with other settings or backbone.
     """
-    run = Path(experiment.storage).absolute() / experiment.name
-    path = run / "config.yaml"
-    if path.exists():
-        differences = _differences(yaml.safe_load(path.read_text("utf-8")), _dumped(experiment))
+    experiment = _located(experiment)
+    run = _lasting("storage", experiment.storage) / experiment.name
+    settings, backbone = run / "config.yaml", run / BACKBONE
+    if not begin and not settings.exists():
+        raise ConfigError([
+            f"{run}: there is no such run: check name={experiment.name} and"
+            f" storage={experiment.storage}, or train it first with `python jobs/finetune.py`"
+        ])  # fmt: skip
+    if settings.exists():
+        differences = _differences(yaml.safe_load(settings.read_text("utf-8")), _dumped(experiment))
         if differences:
             raise RunConflictError([
-                f"{path}: the run {experiment.name!r} was started with other settings"
+                f"{settings}: the run {experiment.name!r} was started with other settings"
                 " (give another name=..., or the same settings):",
                 *differences,
             ])  # fmt: skip
-    else:
-        run.mkdir(parents=True, exist_ok=True)
-        path.write_text(recipes.dump(experiment), "utf-8")
-    return run
+    weights, known = identify(experiment.backbone), backbone_weights(run)
+    if known not in (None, weights):
+        raise RunConflictError([
+            f"{backbone}: the run {experiment.name!r} was started with other weights in"
+            f" backbone.path={experiment.backbone.path} ({known}, now {weights}): give another"
+            " name=..., or bring those weights back"
+        ])  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    if known is None:
+        _write(backbone, json.dumps({"path": experiment.backbone.path, "weights": weights}))
+    if not settings.exists():
+        _write(settings, recipes.dump(experiment))
+    return experiment, run
+
+
+def _located(experiment: Experiment) -> Experiment:
+    """Return the settings with an absolute path for every local one that exists."""
+
+    def absolute(section: Any, *names: str) -> Any:
+        values = {name: getattr(section, name) for name in names}
+        found = {
+            name: str(Path(value).absolute())
+            for name, value in values.items()
+            if value and value not in KEYWORDS and Path(value).exists()
+        }
+        return section.model_copy(update=found)
+
+    return experiment.model_copy(
+        update={
+            "data": absolute(experiment.data, "path", "train_tasks_file", "test_tasks_file"),
+            "backbone": absolute(experiment.backbone, "path", "tokenizer"),
+        }
+    )
+
+
+def _lasting(field: str, path: str) -> Path:
+    """Return a folder that is written to as an absolute path.
+
+    Raises ConfigError for a relative one in a submitted job, which starts in a copy of the
+    submitted folder that its cluster deletes.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    if not Path(path).is_absolute() and (job.get("runtime_env") or {}).get("working_dir"):
+        raise ConfigError([
+            f"{field}={path} would be lost: `ray job submit --working-dir` starts the job in a"
+            f" temporary copy of that folder; set {field}=/a/shared/folder"
+        ])  # fmt: skip
+    return Path(path).absolute()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)
 
 
 def _dumped(experiment: Experiment) -> dict[str, Any]:
     return yaml.safe_load(recipes.dump(experiment))
 
 
-def _differences(was: Any, now: Any, where: str = "") -> list[str]:
+def _differences(was: Any, now: Any, where: tuple[str, ...] = ()) -> list[str]:
+    if not FREE_TO_CHANGE.isdisjoint(where[:1]) or not REPORTING.isdisjoint(where[1:2]):
+        return []
     if isinstance(was, dict) and isinstance(now, dict):
         return [
             line
             for key in sorted({*was, *now})
-            if where or key not in FREE_TO_CHANGE
-            for line in _differences(was.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+            for line in _differences(was.get(key), now.get(key), (*where, key))
         ]
-    return [] if was == now else [f"  {where}: was {was}, is {now}"]
+    return [] if was == now else [f"  {'.'.join(where)}: was {was}, is {now}"]
 
 
 def _prepare(experiment: Experiment, run: Path, say: Say) -> Path:
@@ -156,11 +220,20 @@ def _prepare(experiment: Experiment, run: Path, say: Say) -> Path:
 
 
 def _metatrain(experiment: Experiment, run: Path, seed: int | None = None) -> list[StageSpec]:
-    """Return the stages of the instruction-tuned baseline: every rate, of one seed or of all."""
+    """Return the stages of the instruction-tuned baseline: every rate, of one seed or of all.
+
+    Raises ConfigError where there are several rates and no validation task to choose on.
+    """
+    rates = experiment.metatrain.learning_rates
+    if len(rates) > 1 and not read_manifest(run / "shards").splits["valid"].tasks:
+        raise ConfigError([
+            f"metatrain.learning_rates has {len(rates)} rates, and there is no validation task to"
+            " choose on: set data.valid_fraction, or give one rate"
+        ])  # fmt: skip
     return [
         StageSpec(experiment, "metatrain", run, one, learning_rate=rate)
         for one in (experiment.seeds if seed is None else [seed])
-        for rate in experiment.metatrain.learning_rates
+        for rate in rates
     ]
 
 
@@ -169,10 +242,11 @@ def _train(
 ) -> None:
     """Train the adapters that the stores of these roles lack, each store in one bank, and `more`."""
     specs: dict[Role, StageSpec] = {}
+    manifest = read_manifest(run / "shards")
     for role in roles:
         folder, kind = run / FOLDERS[role], "oracle" if role == "oracle" else "teachers"
         per = (experiment.oracle if role == "oracle" else experiment.teachers).per
-        names = teacher_names(read_manifest(run / "shards"), role, per)
+        names = teacher_names(manifest, role, per)
         if finished(folder).keys() >= set(names):
             say(f"teachers: all {len(names)} are in {folder}")
         else:
@@ -191,6 +265,7 @@ def _train(
             role=role,
             steps=spec.settings.steps,
             final_loss=records[-1]["cross_entropy"],
+            manifest=manifest,
         )
         say(f"teachers: {len(spec.slots)} written to {run / FOLDERS[role]}")
 
@@ -204,15 +279,20 @@ def trained_weights(experiment: Experiment, run: Path, stage: Weights, seed: int
         specs = _metatrain(experiment, run, seed)
     else:
         specs = [StageSpec(experiment, "finetune", run, seed, stage)]
-    newest = [checkpoint.latest(spec.checkpoints) for spec in specs]
-    trained = [path for path in newest if path is not None]
-    if len(trained) < len(specs):
-        missing = specs[newest.index(None)]
+    newest = [_finished(spec) for spec in specs]
+    return checkpoint.best(min(newest, key=checkpoint.best_loss)) / checkpoint.STATE
+
+
+def _finished(spec: StageSpec) -> Path:
+    """Return the last checkpoint of a stage; raises ConfigError unless it has all its steps."""
+    newest = checkpoint.latest(spec.checkpoints)
+    progress = checkpoint.meta(newest)["progress"] if newest else {"step": 0, "done": False}
+    if newest is None or not progress["done"]:
         raise ConfigError([
-            f"{missing.checkpoints}: {missing.name} is not trained yet: run"
-            f" `python jobs/finetune.py` with these settings first"
+            f"{spec.checkpoints}: {spec.name} of seed {spec.seed} is at step {progress['step']} of"
+            f" {spec.settings.steps}: run `python jobs/finetune.py` with these settings first"
         ])  # fmt: skip
-    return checkpoint.best(min(trained, key=checkpoint.best_loss)) / checkpoint.STATE
+    return newest
 
 
 def _score(experiment: Experiment, run: Path, say: Say) -> None:

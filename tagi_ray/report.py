@@ -71,16 +71,19 @@ def _with_spread(row: Mapping[str, Any], metric: str) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records of metrics.jsonl; of a step that a resumed run wrote again, the last one."""
+    """Return the records of metrics.jsonl; of a step that was written again, the last one.
+
+    A last line without its end is one that is being written, or that a crash cut: it is left out.
+    """
     if not path.is_file():
         return []
     records: dict[tuple[Any, ...], Record] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
             records[record["stage"], record.get("seed"), record["step"]] = record
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s:%d is no metrics record: the report is without it", path, number)
+            logger.warning("%s:%d is no metrics record and is left out", path, number)
     return list(records.values())
 
 
@@ -168,24 +171,37 @@ def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _loss_plot(stage: str, histories: Sequence[Sequence[Record]]) -> Any:
-    figure, axes = _figure(5.2, 2.9)
-    positive = True
+    figure, axes = _figure(4.4, 2.8)
+    shown: list[float] = []
     names = [name for name in CURVES if any(_number(r, name) for h in histories for r in h)]
     for place, name in enumerate([*names, "valid_loss"]):
         for seed, history in enumerate(histories):
             points = [(r["step"], r[name]) for r in history if _number(r, name)]
             if not points:
                 continue
-            positive &= all(value > 0 for _, value in points)
+            shown += [value for _, value in points]
             style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linewidth": 1.6}
             if name == "valid_loss":
                 style = {"color": INK, "linestyle": "none", "marker": "o", "markersize": 4}
             label = name.replace("_", " ") if seed == 0 else None
             axes.plot(*zip(*points, strict=True), alpha=0.85, label=label, **style)
-    if positive:
-        axes.set_yscale("log")
+    _scale_losses(axes, shown)
     axes.set_xlabel("step", fontsize=8, color=SOFT)
     return _svg(figure, stage)
+
+
+def _scale_losses(axes: Any, values: Sequence[float]) -> None:
+    """Logarithmic where losses differ by much, with plain numbers at its ticks."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if low <= 0 or high < 3 * low:
+        return
+    axes.set_yscale("log")
+    # Of 1, 2 and 5 one at least falls between values that differ threefold.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _number(record: Record, name: str) -> bool:
@@ -195,7 +211,7 @@ def _number(record: Record, name: str) -> bool:
 
 def _comparison(rows: Mapping[str, Any]) -> Any:
     """Bars of exact match and ROUGE-L for each system, with a dot for each seed."""
-    figure, axes = _figure(7.2, 0.9 + 0.55 * len(rows))
+    figure, axes = _figure(5.8, 0.9 + 0.45 * len(rows))
     for offset, metric, colour in zip((-0.19, 0.19), METRICS, COLOURS, strict=False):
         places = [place + offset for place in range(len(rows))]
         values = [row[metric] for row in rows.values()]
@@ -237,7 +253,7 @@ def _svg(figure: Any, name: str) -> Any:
 
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.legend(
-            loc="outside upper left", ncols=5, frameon=False, fontsize=8, labelcolor=INK,
+            loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=INK,
             handlelength=1.2, columnspacing=1.2,
         )  # fmt: skip
     target = StringIO()

@@ -99,12 +99,29 @@ def write_shards(
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     manifest = write_stream(stream(sources, settings, seed), sources, partial)
+    if settings.oracle_instances:
+        _refuse_tasks_without_oracle(manifest)
     partial.replace(folder)
     if manifest.leaked_instances:
         logger.warning(
             "%d scored test instances also occur in training tasks", manifest.leaked_instances
         )
     return manifest
+
+
+def _refuse_tasks_without_oracle(manifest: Manifest) -> None:
+    bare = [
+        name
+        for name, record in sorted(manifest.tasks.items())
+        if record.split == "test" and not record.oracle_instances
+    ]
+    if bare:
+        more = f" and {len(bare) - 3} more" if len(bare) > 3 else ""
+        raise DataError(
+            f"held-out tasks {', '.join(bare[:3])}{more}: all instances have one text, so that none"
+            " is left to train an oracle teacher on; take them out, or set data.oracle_instances=0"
+            " and leave teacher out of evaluation.systems"
+        )
 
 
 def list_sources(settings: DataSettings, seed: int) -> list[tuple[TaskSource, SplitName]]:
@@ -130,26 +147,39 @@ def cut_buckets(
     """Yield the buckets of one task, rows of `BUCKETS`.
 
     A held-out task gives its first instances to be scored. The oracle's are the next ones,
-    without any whose text was met before.
+    without any whose text was met before. Where fewer of these are left than the oracle asks for
+    and than a third of the task, fewer are scored; a task of one text alone has no oracle.
     """
     stream = source.instances()
     if split != "test":
         kept = list(islice(stream, settings.train_instances))
         yield from _bucket_rows(source.task, kept, split, seed)
         return
-    scored = list(islice(stream, settings.test_instances))
+    scored, oracle = _held_out(stream, settings)
     yield from _bucket_rows(source.task, scored, "test", seed)
-    met = {instance_hash(instance.input, instance.outputs) for instance in scored}
-    oracle: list[Instance] = []
-    while len(oracle) < settings.oracle_instances:
-        instance = next(stream, None)
-        if instance is None:
-            break
+    yield from _bucket_rows(source.task, oracle, "oracle", seed)
+
+
+def _held_out(
+    stream: Iterator[Instance], settings: DataSettings
+) -> tuple[list[Instance], list[Instance]]:
+    """Return the scored and the oracle's instances of a held-out task; no text is in both."""
+    scored = list(islice(stream, settings.test_instances))
+    first: dict[str, int] = {}  # where in `scored` each text stands first
+    for place, instance in enumerate(scored):
+        first.setdefault(instance_hash(instance.input, instance.outputs), place)
+    met, spare = set(first), list[Instance]()
+    while len(spare) < settings.oracle_instances and (instance := next(stream, None)):
         content = instance_hash(instance.input, instance.outputs)
         if content not in met:
             met.add(content)
-            oracle.append(instance)
-    yield from _bucket_rows(source.task, oracle, "oracle", seed)
+            spare.append(instance)
+    wanted = min(settings.oracle_instances, max(1, len(met) // 3))
+    taken = min(wanted - len(spare), len(first) - 1)
+    if taken <= 0:
+        return scored, spare
+    places = list(first.values())[-taken:]
+    return scored[: places[0]], [*(scored[place] for place in places), *spare]
 
 
 def _bucket_rows(
@@ -185,8 +215,9 @@ def _sorted_by_ray(
     listed = ray.put(sources)
 
     def buckets(batch: Any) -> Iterator[pa.Table]:
+        known = ray.get(listed)
         for number in batch["id"].tolist():
-            source, split = ray.get(listed)[number]
+            source, split = known[number]
             rows = list(cut_buckets(source, split, settings, seed))
             yield pa.Table.from_pylist(rows, schema=BUCKETS)
 

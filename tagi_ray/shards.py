@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,8 +91,6 @@ class Manifest:
     tasks: Mapping[str, TaskRecord]
     leaked_instances: int = 0
     """Scored test instances that also occur among the training or validation instances."""
-    quarantine: tuple[Mapping[str, Any], ...] = field(default=())
-    """Records that were set aside."""
 
     def names(self, split: Split) -> tuple[str, ...]:
         """Return the names of a split's tasks, sorted."""
@@ -132,7 +130,6 @@ def read_manifest(folder: Path) -> Manifest:
         splits=splits,
         tasks={name: TaskRecord(**record) for name, record in content["tasks"].items()},
         leaked_instances=content["leaked_instances"],
-        quarantine=tuple(content["quarantine"]),
     )
 
 
@@ -159,7 +156,6 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
             for name, record in sorted(manifest.tasks.items())
         },
         "leaked_instances": manifest.leaked_instances,
-        "quarantine": list(manifest.quarantine),
     }
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(content), encoding="utf-8")

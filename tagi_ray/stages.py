@@ -28,8 +28,10 @@ from tagi_ray.zero import BankEngine, Engine, ZeroEngine
 
 Kind = Literal["teachers", "oracle", "finetune", "metatrain"]
 
-# Settings that change neither what is learnt nor in which order.
-_REPORTING = {"log_every", "save_every", "micro_groups"}
+REPORTING = frozenset({"log_every", "save_every", "micro_groups"})
+"""Settings of a stage that change neither what is learnt nor in which order."""
+BACKBONE = "backbone.json"
+"""File of a run that says which backbone's weights it was started with."""
 _PLACES = {"path", "revision", "train_tasks_file", "test_tasks_file"}
 
 
@@ -59,8 +61,11 @@ class StageSpec:
     @property
     def rate(self) -> float:
         """Learning rate after the warm-up."""
-        given = self.learning_rate
-        return self.settings.optimizer.learning_rate if given is None else given
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.kind == "metatrain":
+            return self.experiment.metatrain.learning_rates[0]
+        return self.settings.optimizer.learning_rate
 
     @property
     def name(self) -> str:
@@ -94,7 +99,7 @@ class Stage:
 
 
 def fingerprint(spec: StageSpec) -> str:
-    """Return a hash of all that decides what the stage learns: settings, data, teachers.
+    """Return a hash of all that decides what the stage learns: settings, data, backbone, teachers.
 
     The number of workers, the micro-batches and the ZeRO stage are not part of it: a run may
     continue on other machines.
@@ -107,16 +112,23 @@ def fingerprint(spec: StageSpec) -> str:
         "variant": spec.variant,
         "rate": spec.rate,
         "slots": spec.slots,
-        "stage": spec.settings.model_dump(mode="json", exclude=_REPORTING),
+        "stage": spec.settings.model_dump(mode="json", exclude=set(REPORTING)),
         "data": experiment.data.model_dump(mode="json", exclude=_PLACES),
         "shards": read_manifest(spec.run_folder / "shards").fingerprint,
         "teachers": _teachers_hash(spec.run_folder / FOLDERS["train"]) if taught else None,
+        "weights": backbone_weights(spec.run_folder),
         **{
             section: getattr(experiment, section).model_dump(mode="json")
             for section in ("backbone", "lora", "hypernetwork", "fusion", "distillation")
         },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def backbone_weights(run_folder: Path) -> str | None:
+    """Return which backbone's weights a run was started with; None where that was not noted."""
+    path = run_folder / BACKBONE
+    return json.loads(path.read_text("utf-8"))["weights"] if path.exists() else None
 
 
 def _teachers_hash(folder: Path) -> str:

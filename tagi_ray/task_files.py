@@ -7,25 +7,29 @@ then read again where they lie, so that nobody ever holds more than one task.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
+from tagi_ray.json_files import (
+    Record,
+    as_object,
+    line_record,
+    lines_of,
+    read_json_file,
+    refuse,
+)
 from tagi_ray.tasks import Instance, PositiveExample, Task, check_name, listed_names
 
 logger = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 8 << 20
 NO_CATEGORY = "uncategorised"
-
-Record = Mapping[str, Any]
 
 
 def read_tasks(settings: DataSettings) -> Iterator[SniTask | RecordTask]:
@@ -85,12 +89,8 @@ def _sni_tasks(settings: DataSettings) -> Iterator[SniTask]:
 
 
 def _sni_content(path: str) -> Record:
-    try:
-        content = _parse(Path(path).read_bytes().decode("utf-8-sig"), path)
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); name another file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 at byte {error.start}; convert the file") from error
+    # The official files hold NaN in fields that nobody reads; those that are read must be texts.
+    content = read_json_file(path, constants=True)
     if not isinstance(content, dict):
         raise DataError(f"{path}: is not a JSON object; use the SNI schema, or another data.source")
     return content
@@ -101,18 +101,18 @@ def _sni_task(content: Record, name: str, path: str) -> Task:
     if isinstance(definitions, str):
         definitions = [definitions]
     if not _are_texts(definitions) or not all(text.strip() for text in definitions):
-        _refuse(path, "Definition", definitions, "give a text, or a list of texts, none empty")
+        refuse(path, "Definition", definitions, "give a text, or a list of texts, none empty")
     categories = content.get("Categories")
     if not _are_texts(categories):
-        _refuse(path, "Categories", categories, "give a list with the category first")
+        refuse(path, "Categories", categories, "give a list with the category first")
     examples = content.get("Positive Examples", [])
     if not isinstance(examples, list):
-        _refuse(path, "Positive Examples", examples, "give a list of objects")
+        refuse(path, "Positive Examples", examples, "give a list of objects")
     for number, example in enumerate(examples, start=1):
         pair = (example.get("input"), example.get("output")) if isinstance(example, dict) else ()
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             where = f"{path}: positive example {number}"
-            _refuse(where, "input and output", example, "give two texts")
+            refuse(where, "input and output", example, "give two texts")
     return Task(
         name=name,
         category=categories[0],
@@ -124,23 +124,23 @@ def _sni_task(content: Record, name: str, path: str) -> Task:
 def _sni_instances(content: Record, path: str) -> Iterator[Instance]:
     instances: Any = content.get("Instances")
     if not isinstance(instances, list) or not instances:
-        _refuse(path, "Instances", instances, "give a list with at least one instance")
+        refuse(path, "Instances", instances, "give a list with at least one instance")
     met: set[str] = set()
     for number, instance in enumerate(instances, start=1):
         if not isinstance(instance, dict):
-            _refuse(path, f"instance {number}", instance, "give an object with id, input, output")
+            refuse(path, f"instance {number}", instance, "give an object with id, input, output")
         name = instance.get("id")
         if not isinstance(name, str) or not name:
-            _refuse(path, f"id of instance {number}", name, "give a text that is not empty")
+            refuse(path, f"id of instance {number}", name, "give a text that is not empty")
         if name in met:
-            _refuse(path, f"id of instance {number}", name, "give each instance an id of its own")
+            refuse(path, f"id of instance {number}", name, "give each instance an id of its own")
         met.add(name)
         where = f"{path}: instance {name}"
         text, outputs = instance.get("input"), instance.get("output")
         if not isinstance(text, str):
-            _refuse(where, "input", text, "give a text")
+            refuse(where, "input", text, "give a text")
         if not _are_texts(outputs):
-            _refuse(where, "output", outputs, "give a list of texts, at least one")
+            refuse(where, "output", outputs, "give a list of texts, at least one")
         yield Instance(name, text, tuple(outputs))
 
 
@@ -167,18 +167,9 @@ class JsonLines:
 
     def scan(self) -> Iterator[tuple[int, str, Record]]:
         """Yield every line that is not blank."""
-        place = 0
-        try:
-            with open(self.path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        where = f"{self.path}:{number}"
-                        yield place, where, _line_record(line, where)
-                    place += len(line)
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: can't be read ({error.strerror}); name another file"
-            ) from error
+        for place, number, line in lines_of(self.path):
+            where = f"{self.path}:{number}"
+            yield place, where, line_record(line, where)
 
     def read(self, places: Sequence[int]) -> Iterator[tuple[str, Record]]:
         """Yield the lines that begin at some places."""
@@ -186,7 +177,7 @@ class JsonLines:
             for place in places:
                 file.seek(place)
                 where = f"{self.path} (byte {place})"
-                yield where, _line_record(file.readline(), where)
+                yield where, line_record(file.readline(), where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +190,7 @@ class JsonList:
         """Yield every element."""
         for place, record in enumerate(_json_list(self.path)):
             where = f"{self.path}: record {place + 1}"
-            yield place, where, _object(record, where)
+            yield place, where, as_object(record, where)
 
     def read(self, places: Sequence[int]) -> Iterator[tuple[str, Record]]:
         """Yield the elements at some indices."""
@@ -266,7 +257,7 @@ def _record_tasks(files: Sequence[Records], settings: DataSettings) -> Iterator[
             _example(record, where)
             found = tasks.setdefault(name, _Found(category, {}, {}))
             if found.category != category:
-                _refuse(where, "category", category, f"task {name} began as {found.category!r}")
+                refuse(where, "category", category, f"task {name} began as {found.category!r}")
             found.definitions[definition] = None
             found.places.setdefault(number, array("q")).append(place)
     if not tasks:
@@ -293,7 +284,7 @@ def _alpaca_identity(record: Record, where: str) -> tuple[str, str, str]:
 def _instruction(record: Record, where: str) -> str:
     text = _text(record, "instruction", where)
     if not text.strip():
-        _refuse(where, "instruction", text, "give a text that is not empty")
+        refuse(where, "instruction", text, "give a text that is not empty")
     return text
 
 
@@ -304,7 +295,7 @@ def _example(record: Record, where: str) -> tuple[str, tuple[str, ...]]:
     if "output" in record:
         return _text(record, "input", where), (_text(record, "output", where),)
     if not _are_texts(record["outputs"]):
-        _refuse(where, "outputs", record["outputs"], "give a list of texts, at least one")
+        refuse(where, "outputs", record["outputs"], "give a list of texts, at least one")
     return _text(record, "input", where), tuple(record["outputs"])
 
 
@@ -312,7 +303,7 @@ def _text(record: Record, field: str, where: str) -> str:
     if field not in record:
         raise DataError(f"{where}: has no field {field!r}; add it")
     if not isinstance(record[field], str):
-        _refuse(where, field, record[field], "give a text")
+        refuse(where, field, record[field], "give a text")
     return record[field]
 
 
@@ -320,62 +311,9 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
-def _refuse(where: str, field: str, value: Any, cure: str) -> NoReturn:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
-    raise DataError(f"{where}: {field} can't be {shown}; {cure}")
-
-
-def _line_record(line: bytes, where: str) -> Record:
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{where}: is {len(line)} bytes long; at most {MAX_LINE_BYTES} are read")
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: is not UTF-8 at byte {error.start}; convert the file") from error
-    return _object(_parse(text, where), where)
-
-
-def _object(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        _refuse(where, "a record", value, "give a JSON object")
-    return value
-
-
-def _parse(text: str, where: str) -> Any:
-    """Parse JSON strictly: no NaN, no Infinity, no key twice."""
-    try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-    except RecursionError as error:
-        raise DataError(f"{where}: is nested too deeply; correct the record") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: is not JSON ({error.msg}, {place}); correct it") from error
-    except ValueError as error:
-        raise DataError(f"{where}: {error}; correct the record") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"holds {name}, which is not JSON")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"holds the key {twice!r} twice")
-    return content
-
-
 @lru_cache(maxsize=1)
 def _json_list(path: str) -> list[Any]:
-    try:
-        content = _parse(Path(path).read_bytes().decode("utf-8-sig"), path)
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); name another file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 at byte {error.start}; convert the file") from error
+    content = read_json_file(path)
     if not isinstance(content, list):
         raise DataError(f"{path}: is not a JSON list; name a JSONL file .jsonl")
     return content

@@ -2,7 +2,8 @@
 
 A store has one role. Teachers of training tasks (`train`) are what finetuning learns from; oracle
 teachers of held-out tasks (`oracle`) bound what can be scored, and nothing that trains may read
-them: `read_teachers` refuses the role, the folder's name, and every held-out task.
+them: `read_teachers` refuses the role, the folder's name, and every teacher that was trained on a
+held-out task.
 
 Axes: K teachers.
 """
@@ -10,6 +11,7 @@ Axes: K teachers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,48 +24,80 @@ from tagi_ray.lora import LoraBank, Site
 from tagi_ray.shards import Manifest
 
 INDEX = "index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDERS = {"train": "teachers", "oracle": "oracle_teachers"}
 Role = Literal["train", "oracle"]
+Per = Literal["task", "category"]
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherRecord:
     """What the index says of one teacher."""
 
-    per: Literal["task", "category"]
+    per: Per
     steps: int
     final_loss: float
     """Cross-entropy of the last logging interval, mean over the teachers trained together."""
     sha256: str
     """Of its weights file."""
+    tasks: tuple[str, ...]
+    """Tasks whose instances it was trained on."""
 
 
-def teacher_names(
-    manifest: Manifest, role: Role, per: Literal["task", "category"]
-) -> tuple[str, ...]:
-    """Return the tasks, or their categories, that get a teacher of this role, sorted."""
-    tasks = manifest.names("oracle" if role == "oracle" else "train")
-    return tuple(
-        sorted({task if per == "task" else manifest.tasks[task].category for task in tasks})
-    )
+def folder_name(category: str) -> str:
+    """Return the name of a category's teacher, which is also its folder: `Question_Answering`.
+
+    Characters that a folder name can't hold become '_'. Raises DataError if nothing is left.
+    """
+    name = re.sub(r"[^A-Za-z0-9.+-]+|\.{2,}", "_", category).lstrip("._+-").rstrip("_")[:200]
+    if not name:
+        raise DataError(
+            f"category {category!r} can't be a folder name: rename it, with a letter or digit from"
+            " a-z, A-Z, 0-9, or use teachers.per=task"
+        )
+    return name
 
 
-def teacher_slots(
-    manifest: Manifest, names: Sequence[str], role: Role, per: Literal["task", "category"]
-) -> dict[str, int]:
+def teacher_names(manifest: Manifest, role: Role, per: Per) -> tuple[str, ...]:
+    """Return the teachers of this role, one for each task or category, sorted.
+
+    Raises DataError for two categories whose teachers would share a folder.
+    """
+    return tuple(sorted(set(_teacher_of(manifest, role, per).values())))
+
+
+def teacher_slots(manifest: Manifest, names: Sequence[str], role: Role, per: Per) -> dict[str, int]:
     """Return task -> slot of its teacher, for the tasks of this role that have one."""
     place = {name: slot for slot, name in enumerate(names)}
+    teachers = _teacher_of(manifest, role, per)
+    return {task: place[name] for task, name in teachers.items() if name in place}
+
+
+def _teacher_of(manifest: Manifest, role: Role, per: Per) -> dict[str, str]:
+    """Return task -> name of its teacher, for all tasks of a role."""
     tasks = manifest.names("oracle" if role == "oracle" else "train")
-    keys = {task: task if per == "task" else manifest.tasks[task].category for task in tasks}
-    return {task: place[key] for task, key in keys.items() if key in place}
+    if per == "task":
+        return {task: task for task in tasks}
+    categories: dict[str, str] = {}
+    for category in sorted({manifest.tasks[task].category for task in tasks}):
+        name = folder_name(category)
+        if name in categories:
+            raise DataError(
+                f"teachers of the categories {categories[name]!r} and {category!r} would both be"
+                f" in the folder {name}: rename one category, or use teachers.per=task"
+            )
+        categories[name] = category
+    return {task: folder_name(manifest.tasks[task].category) for task in tasks}
 
 
 def finished(folder: Path) -> dict[str, TeacherRecord]:
     """Return the teachers that a store holds, by name; none where there is no store yet."""
     if not (folder / INDEX).exists():
         return {}
-    return {name: TeacherRecord(**entry) for name, entry in _read_index(folder)["teachers"].items()}
+    return {
+        name: TeacherRecord(**{**entry, "tasks": tuple(entry["tasks"])})
+        for name, entry in _read_index(folder)["teachers"].items()
+    }
 
 
 def write_teachers(
@@ -75,18 +109,24 @@ def write_teachers(
     role: Role,
     steps: int,
     final_loss: float,
+    manifest: Manifest,
 ) -> None:
-    """Add the K teachers of a bank to a store; the index is written last."""
+    """Add the K teachers of a bank to a store; the index is written last.
+
+    manifest: of the shards that they were trained on.
+    """
     records = {name: asdict(record) for name, record in finished(folder).items()}
     settings = experiment.oracle if role == "oracle" else experiment.teachers
     base = experiment.backbone.path
+    slots = teacher_slots(manifest, names, role, settings.per)
     for slot, name in enumerate(names):
         readme = adapter_readme(name, base, origin="Trained on the task's instances.")
         write_adapter(
             folder / name, bank, slot, lora=experiment.lora, base_model=base, readme=readme
         )
         digest = file_hash(folder / name / WEIGHTS_FILE)
-        records[name] = asdict(TeacherRecord(settings.per, steps, final_loss, digest))
+        tasks = tuple(task for task, own in slots.items() if own == slot)
+        records[name] = asdict(TeacherRecord(settings.per, steps, final_loss, digest, tasks))
     content = {
         "version": FORMAT_VERSION,
         "role": role,
@@ -114,14 +154,13 @@ def read_teachers(
             f" {FOLDERS['train']}/ alone"
         )
     records = finished(folder)
-    held_out = sorted(
-        n for n in records if n in manifest.tasks and manifest.tasks[n].split == "test"
-    )
-    if held_out:
-        raise DataError(
-            f"{folder} holds a teacher of the held-out task {held_out[0]!r}: remove the store and"
-            " train the teachers again"
-        )
+    for name, record in records.items():
+        for task in record.tasks:
+            if task in manifest.tasks and manifest.tasks[task].split == "test":
+                raise DataError(
+                    f"{folder}: the teacher {name!r} was trained on the held-out task {task!r}:"
+                    " remove the store and train the teachers again"
+                )
     start = index["lora"]["start_seed"]
     if start != experiment.lora.start_seed:
         raise AdapterError(

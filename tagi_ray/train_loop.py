@@ -6,6 +6,7 @@ checkpoint on any number of workers as if nothing had happened.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ from torch import Tensor
 from tagi_ray import history
 from tagi_ray.batches import Batch, local_batches
 from tagi_ray.errors import TrainingError
-from tagi_ray.history import Progress
 from tagi_ray.metrics import StepMeter
 from tagi_ray.objectives import Objective, Totals
 from tagi_ray.order import OrderPlan
 from tagi_ray.stages import Stage, StageSpec, build_stage, fingerprint
 from tagi_ray.zero import sum_over_ranks
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -50,14 +52,17 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
     settings, identity = spec.settings, fingerprint(spec)
 
     # --- continue from the newest checkpoint that verifies
-    state, progress = _newest(spec, identity, worker)
+    newest = _newest_step(spec, worker)
+    progress = history.progress_at(spec, identity, newest)
     if progress.done:
         return
     if worker.rank == 0:
         history.cut(spec, progress.step)
     stage = build_stage(spec, worker.device)
-    if state:
-        stage.engine.restore(state)
+    if newest:
+        stage.engine.restore(history.state_at(spec, newest))
+    if worker.rank == 0:
+        _tell_wrapped(spec, stage.plan)
     first, groups = progress.step, settings.groups
     stream = _draw(spec, stage, worker, stage.plan, first * groups, settings.steps * groups)
     accumulation = groups // settings.micro_groups // worker.world
@@ -73,7 +78,7 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
         update = stage.engine.step()
         _refuse_non_finite(spec, step, update)
         meter.step(int(losses.pop("tokens")))
-        progress.add(losses)
+        progress.add(losses, cut_texts=int(losses.pop("cut_texts")))
         progress.step, progress.done = step, step == settings.steps
 
         # --- once in a while: validate, log, save
@@ -87,7 +92,7 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
         if improved:
             progress.best = {"step": step, **valid}
         if valid or progress.done or _due(step, settings.log_every):
-            record = {"step": step, **progress.means(), **valid, **update, **meter.read()}
+            record = {"step": step, **progress.take(), **valid, **update, **meter.read()}
             if worker.rank == 0:
                 history.append(spec, record)
         if improved or progress.done or _due(step, settings.save_every):
@@ -96,6 +101,14 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
                 history.save(spec, identity, progress, state)
             worker.report({"stage": spec.name, "step": step, **losses})
     stage.engine.close()
+
+
+def _tell_wrapped(spec: StageSpec, plan: OrderPlan) -> None:
+    if plan.wrapped_instances:
+        logger.info(
+            "stage %s draws %d of its instances a second time in each epoch, to fill groups of %d",
+            spec.name, plan.wrapped_instances, plan.instances,
+        )  # fmt: skip
 
 
 def _due(step: int, every: int) -> bool:
@@ -130,8 +143,14 @@ def _validation_batches(spec: StageSpec, stage: Stage, worker: Worker) -> list[B
 
 
 def _losses(stage: Stage, batches: list[Batch], worker: Worker, *, train: bool) -> dict[str, float]:
-    """Return the loss over all ranks' batches, its parts, and the number of tokens read."""
-    tokens = sum(_tokens(batch) for batch in batches)
+    """Return the loss over all ranks' batches, its parts, and how many texts were read and cut.
+
+    `tokens` counts what was read, `cut_texts` the texts that were longer than allowed.
+    """
+    counts = {
+        "tokens": float(sum(_tokens(batch) for batch in batches)),
+        "cut_texts": float(sum(batch.cut_texts for batch in batches)),
+    }
     batches = [batch.to(worker.device) for batch in batches]
     totals = _totals(stage.objective, batches)
     sums: dict[str, Tensor] = {}
@@ -142,9 +161,9 @@ def _losses(stage: Stage, batches: list[Batch], worker: Worker, *, train: bool) 
                 stage.engine.backward(share.loss)
         for name, part in {"loss": share.loss.detach(), **share.parts}.items():
             sums[name] = sums[name] + part if name in sums else part
-    own = [*sums.values(), torch.tensor(float(tokens), device=worker.device)]
-    (summed,) = sum_over_ranks([torch.stack([part.float() for part in own])])
-    return dict(zip([*sums, "tokens"], summed.tolist(), strict=True))
+    sums |= {name: torch.tensor(count, device=worker.device) for name, count in counts.items()}
+    (summed,) = sum_over_ranks([torch.stack([part.float() for part in sums.values()])])
+    return dict(zip(sums, summed.tolist(), strict=True))
 
 
 def _totals(objective: Objective, batches: list[Batch]) -> Totals:
@@ -171,8 +190,8 @@ def _refuse_non_finite(spec: StageSpec, step: int, values: Mapping[str, float]) 
         )
 
 
-def _newest(spec: StageSpec, identity: str, worker: Worker) -> tuple[dict[str, Tensor], Progress]:
+def _newest_step(spec: StageSpec, worker: Worker) -> int:
     """Return where to continue. Rank 0 looks, for it may have to set torn checkpoints aside."""
     own = history.newest_step(spec) if worker.rank == 0 else 0
     (step,) = sum_over_ranks([torch.tensor(float(own), device=worker.device)])
-    return history.restore(spec, identity, int(step))
+    return int(step)

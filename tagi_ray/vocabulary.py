@@ -20,11 +20,11 @@ class TextTokenizer:
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
-        try:
-            special = json.loads((folder / SPECIAL).read_text(encoding="utf-8"))
-            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except FileNotFoundError as error:
-            raise DataError(f"{folder}: holds no tokenizer; prepare the data first") from error
+        for name in (TOKENIZER, SPECIAL):
+            if not (folder / name).is_file():
+                raise DataError(f"{folder}: holds no {name}; prepare the data first")
+        special = json.loads((folder / SPECIAL).read_text(encoding="utf-8"))
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.pad_id: int = special["pad"]

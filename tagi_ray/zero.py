@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tagi_ray.batches import Batch
 from tagi_ray.config import StageSettings
-from tagi_ray.errors import CheckpointError, ConfigError
+from tagi_ray.errors import CheckpointError
 from tagi_ray.lora import LoraBank
 from tagi_ray.objectives import LossParts, Objective, Totals
 from tagi_ray.optim import SlotAdamW, build_optimizer, clip_gradients, rate_factor
@@ -66,18 +66,6 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def check_optimizer(settings: StageSettings, zero_stage: int) -> None:
-    """Refuse what ZeRO cannot do with a stage's settings, before anything is started."""
-    if zero_stage == 3:
-        raise ConfigError(["resources.zero_stage=3 is not supported: use 0, 1 or 2"])
-    if zero_stage and settings.optimizer.name == "adafactor":
-        # ZeRO hands the optimiser flat shards, in which Adafactor's rows and columns are gone.
-        raise ConfigError([
-            f"optimizer.name=adafactor needs resources.zero_stage=0, not {zero_stage}: it factors"
-            " whole matrices, and ZeRO cuts them"
-        ])  # fmt: skip
 
 
 def deepspeed_config(
@@ -132,7 +120,6 @@ class ZeroEngine:
         device: torch.device,
     ) -> None:
         """The process group of all ranks must exist; alone, the engine makes one."""
-        check_optimizer(settings, zero_stage)
         deepspeed = _import_deepspeed(device)
         if not dist.is_initialized():
             os.environ.setdefault("LOCAL_RANK", "0")

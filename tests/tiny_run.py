@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tagi_ray import checkpoint, history
+from tagi_ray.backbone import load_backbone
 from tagi_ray.config import Experiment
+from tagi_ray.report import read_records
 from tagi_ray.shard_writer import write_shards
-from tagi_ray.stages import StageSpec
+from tagi_ray.shards import read_manifest
+from tagi_ray.stages import Kind, StageSpec, starting_bank
+from tagi_ray.teachers import FOLDERS, teacher_names, write_teachers
 from tagi_ray.vocabulary import prepare_tokenizer
 
 STAGE = {
@@ -24,9 +30,16 @@ STAGE = {
 
 
 def tiny_experiment(storage: Path, **changes: Any) -> Experiment:
-    """An experiment without teachers; `changes` replace whole sections, or fields of all stages."""
+    """An experiment; `changes` replace whole sections, or fields of all stages.
+
+    `taught=True` lets finetuning learn from the teachers that `write_random_teachers` writes.
+    """
+    taught = changes.pop("taught", False)
     sections = {key: changes.pop(key) for key in ("resources", "seeds") if key in changes}
     stage = {**STAGE, **changes}
+    bank = {name: value for name, value in stage.items() if not name.startswith("valid_")}
+    optimizer = dict(stage["optimizer"])
+    rates = [optimizer.pop("learning_rate")]
     return Experiment.model_validate(
         {
             "name": "tiny",
@@ -48,10 +61,10 @@ def tiny_experiment(storage: Path, **changes: Any) -> Experiment:
             },
             "lora": {"rank": 2, "alpha": 4},
             "hypernetwork": {"width": 16, "layers": 1, "heads": 2, "capacity": 4},
-            "teachers": {**stage, "enabled": False},
-            "oracle": stage,
+            "teachers": {**bank, "enabled": taught},
+            "oracle": bank,
             "finetune": stage,
-            "metatrain": stage,
+            "metatrain": {**stage, "optimizer": optimizer, "learning_rates": rates},
             **sections,
         }
     )
@@ -66,6 +79,40 @@ def tiny_run(experiment: Experiment) -> Path:
     return run
 
 
+def stage_of(experiment: Experiment, run: Path, kind: Kind) -> StageSpec:
+    """A stage of the first seed; `teachers` trains six of them."""
+    slots = teacher_names(read_manifest(run / "shards"), "train", "task")[:6]
+    return StageSpec(
+        experiment,
+        kind,
+        run,
+        experiment.seeds[0],
+        learning_rate=experiment.metatrain.learning_rates[0] if kind == "metatrain" else None,
+        slots=slots if kind == "teachers" else (),
+    )
+
+
+def write_random_teachers(experiment: Experiment, run: Path) -> None:
+    """Write a store of untrained teachers that change every site, for half of the tasks."""
+    manifest = read_manifest(run / "shards")
+    names = teacher_names(manifest, "train", "task")[::2]
+    backbone = load_backbone(experiment.backbone, experiment.lora, run / "tokenizer")
+    bank = starting_bank(backbone.sites, experiment, len(names))
+    generator = torch.Generator().manual_seed(0)
+    for factor in bank.b.values():
+        factor.normal_(std=0.3, generator=generator)
+    write_teachers(
+        run / FOLDERS["train"],
+        bank,
+        names,
+        experiment,
+        role="train",
+        steps=0,
+        final_loss=0.0,
+        manifest=manifest,
+    )
+
+
 def trained(spec: StageSpec) -> dict[str, Any]:
     """What a finished stage left: its tensors, and its records without what depends on speed."""
     path = checkpoint.latest(spec.checkpoints)
@@ -75,7 +122,7 @@ def trained(spec: StageSpec) -> dict[str, Any]:
     timing = {"tokens_per_second", "step_time", "data_wait", "seconds_left"}
     records = [
         {name: value for name, value in record.items() if name not in timing}
-        for record in history.read(spec.run_folder / history.METRICS)
+        for record in read_records(spec.run_folder / history.METRICS)
         if (record["stage"], record["seed"]) == (spec.name, spec.seed)
     ]
     return {"tensors": tensors, "records": records}

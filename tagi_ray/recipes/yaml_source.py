@@ -53,6 +53,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # YAML folds these line breaks into spaces unless they stand escaped in double quotes.
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+        return yaml.ScalarNode("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 @dataclass
 class Parsed:

@@ -140,7 +140,9 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(st
 
 
 def test_generate_writes_an_adapter_for_an_instruction_and_for_each_line(storage, tmp_path):
-    one = _job("generate", storage, "--instruction", "Take every tool .", f"--output={tmp_path}/one")
+    one = _job(
+        "generate", storage, "--instruction", "Take every tool .", f"--output={tmp_path}/one"
+    )
     assert one.returncode == 0, one.stderr
     assert len(list(tmp_path.glob("one/instruction_*/adapter_model.safetensors"))) == 1
     lines = tmp_path / "lines.jsonl"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tagi_ray.config import StageSettings
-from tagi_ray.errors import ConfigError
 from tagi_ray.lora import LoraBank
 from tagi_ray.objectives import LossParts, Objective
 from tagi_ray.optim import build_optimizer, clip_gradients, rate_factor
@@ -24,7 +23,6 @@ from tagi_ray.zero import (
     BankEngine,
     Engine,
     ZeroEngine,
-    check_optimizer,
     slot_steps,
     sum_over_ranks,
 )
@@ -264,10 +262,3 @@ def test_slot_steps_count_the_steps_with_rows(steps: int, groups: int, slots: in
         for slot in {p % slots for p in range(step * groups, (step + 1) * groups)}:
             counted[slot] += 1
     assert slot_steps(steps, groups, slots) == counted
-
-
-def test_impossible_combinations_are_refused() -> None:
-    with pytest.raises(ConfigError, match="zero_stage=3"):
-        check_optimizer(settings(), 3)
-    with pytest.raises(ConfigError, match="adafactor"):
-        check_optimizer(settings(name="adafactor"), 2)

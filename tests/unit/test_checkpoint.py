@@ -72,7 +72,9 @@ def test_torn_checkpoint_is_set_aside_for_the_one_before(
     assert not caplog.records
 
 
-def test_best_in_validation_is_chosen_else_the_newest(tmp_path: Path) -> None:
+def test_best_in_validation_is_chosen_else_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     newest = write(tmp_path, 1)
     assert checkpoint.best(newest) == newest
     assert checkpoint.best_loss(newest) == float("inf")
@@ -80,7 +82,9 @@ def test_best_in_validation_is_chosen_else_the_newest(tmp_path: Path) -> None:
     write(tmp_path, 3, best=2)
     newest = write(tmp_path, 4, best=2)
     assert checkpoint.best(newest) == tmp_path / "step_00000002"
-    assert checkpoint.best_loss(newest) == 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_file", None)
+        assert checkpoint.best_loss(newest) == 0.5
     flip_a_byte(tmp_path / "step_00000002" / "state.safetensors")
     with pytest.raises(CheckpointError, match="best in validation, is damaged"):
         checkpoint.best(newest)
@@ -125,3 +129,19 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other settings or data"):
         checkpoint.load(path, "new")
     assert json.loads((path / "state.json").read_text())["fingerprint"] == "old"
+
+
+def test_meta_data_are_verified_and_leave_the_tensors_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, 7)
+    monkeypatch.setattr(checkpoint, "load_file", None)
+    assert checkpoint.meta(path, "f")["position"] == 56
+    with pytest.raises(CheckpointError, match="other settings or data"):
+        checkpoint.meta(path, "new")
+    flip_a_byte(path / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json has another hash"):
+        checkpoint.meta(path)
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.meta(path)

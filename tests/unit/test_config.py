@@ -37,6 +37,7 @@ def test_several_conflicts_are_told_together():
         Experiment.model_validate(
             {
                 "name": "run",
+                "data": {"oracle_instances": 0},
                 "finetune": {"groups": 9},
                 "evaluation": {"systems": ["teacher", "tagi_adapter_only"]},
             }
@@ -70,3 +71,63 @@ def test_errors_survive_pickling(error, code):
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert copy.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": {"optimizer": {"name": "adafactor"}}}, r"teachers\.optimizer.*adamw alone"),
+        ({"oracle": {"optimizer": {"name": "adafactor"}}}, r"oracle\.optimizer.*adamw alone"),
+        ({"hypernetwork": {"width": 30, "heads": 4}}, "width=30 is not a multiple"),
+        ({"resources": {"zero_stage": 3}}, "0, 1 or 2"),
+        (
+            {"resources": {"zero_stage": 1}, "finetune": {"optimizer": {"name": "adafactor"}}},
+            r"finetune\.optimizer\.name=adafactor needs resources\.zero_stage=0, not 1",
+        ),
+        (
+            {"resources": {"zero_stage": 2}, "metatrain": {"optimizer": {"name": "adafactor"}}},
+            r"metatrain\.optimizer\.name=adafactor needs resources\.zero_stage=0, not 2",
+        ),
+        (
+            {
+                "backbone": {"dtype": "bfloat16"},
+                "metatrain": {"optimizer": {"name": "adafactor"}},
+            },
+            r"metatrain\.optimizer\.name=adafactor needs backbone\.dtype=float32",
+        ),
+        ({"lora": {"targets": []}}, "at least 1 item"),
+        ({"lora": {"targets": ["q", "v", "q"]}}, "q stands there twice"),
+        ({"seeds": []}, "at least 1 item"),
+        ({"seeds": [1, 1]}, "1 stands there twice"),
+        ({"evaluation": {"systems": []}}, "at least 1 item"),
+        ({"evaluation": {"systems": ["tagi", "tagi"]}}, "tagi stands there twice"),
+        ({"metatrain": {"learning_rates": []}}, "at least 1 item"),
+        ({"metatrain": {"learning_rates": [0.1, 0.1]}}, "0.1 stands there twice"),
+        ({"variants": ["tagi", "tagi"]}, "tagi stands there twice"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        experiment(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"oracle": {"enabled": False}}, "Extra inputs"),
+        ({"teachers": {"valid_every": 5}}, r"teachers\.valid_every would not be read"),
+        ({"oracle": {"valid_groups": 5}}, r"oracle\.valid_groups would not be read"),
+        (
+            {"metatrain": {"optimizer": {"learning_rate": 0.5}}},
+            r"would not be read: set metatrain\.learning_rates=\[0\.5\]",
+        ),
+        ({"data": {"path": "x"}}, r"data\.path would not be read"),
+        (
+            {"data": {"test_tasks": ["x"], "train_tasks_file": "y"}},
+            r"data\.train_tasks_file and data\.test_tasks would not be read",
+        ),
+    ],
+)
+def test_what_would_not_be_read_is_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        experiment(**changes)

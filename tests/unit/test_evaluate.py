@@ -17,6 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tagi_ray.backbone import Backbone
 from tagi_ray.config import (
+    BankSettings,
     DataSettings,
     EvaluationSettings,
     Experiment,
@@ -24,10 +25,16 @@ from tagi_ray.config import (
     HypernetworkSettings,
     LoraSettings,
     System,
-    TeacherSettings,
 )
 from tagi_ray.errors import CheckpointError, DataError
-from tagi_ray.evaluate import Scorer, load_weights, over_seeds, plan_jobs, write_predictions
+from tagi_ray.evaluate import (
+    Scorer,
+    load_weights,
+    over_seeds,
+    plan_jobs,
+    write_predictions,
+    write_scores,
+)
 from tagi_ray.export import write_adapter
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
@@ -47,7 +54,7 @@ EXPERIMENT = Experiment(
     lora=LORA,
     hypernetwork=HypernetworkSettings(width=16, layers=1, heads=2, capacity=4),
     evaluation=EvaluationSettings(tasks_per_batch=2, instances_per_batch=2),
-    oracle=TeacherSettings(prompt="input"),
+    oracle=BankSettings(prompt="input"),
 )
 
 
@@ -344,3 +351,27 @@ def test_predictions_are_written_in_full(model, tokenizer, tmp_path):
     returned = [Prediction(**{**row, "references": tuple(row["references"])}) for row in rows]
     assert returned == predictions
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["base.parquet"]
+
+
+def test_scores_of_other_systems_stay_while_they_are_of_the_same_run(tmp_path):
+    run = {"seeds": [0], "data_fingerprint": "a"}
+    write_scores(tmp_path, {"tagi": 1, "base": 1}, run)
+    merged = write_scores(tmp_path, {"tagi": 2, "metatrain": 2}, run)
+    assert merged == json.loads((tmp_path / "scores.json").read_text())
+    assert list(merged["systems"].items()) == [("base", 1), ("metatrain", 2), ("tagi", 2)]
+    other = write_scores(tmp_path, {"tagi": 3}, {**run, "data_fingerprint": "b"})
+    assert other["systems"] == {"tagi": 3}
+
+
+def test_teachers_of_categories_are_found_by_their_folders(model, tokenizer, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    sites = model.backbone.sites
+    bank = LoraBank(
+        {s.name: torch.randn(1, 4, s.d_in, generator=generator) for s in sites},
+        {s.name: torch.randn(1, s.d_out, 4, generator=generator) for s in sites},
+        2.0,
+    )
+    write_adapter(tmp_path / "Question_Answering", bank, 0, lora=LORA, base_model="tiny")
+    task = shard_task("ant", "Question Answering", "fox fox jay", 2)
+    oracle = BankSettings(prompt="input", per="category")
+    assert predict(model, tokenizer, "teacher", [task], folder=tmp_path, oracle=oracle)

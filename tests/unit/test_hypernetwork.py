@@ -70,10 +70,11 @@ def test_sites_of_one_module_get_different_adapters():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("projection", [False, True])
-def test_concatenated_memory_equals_each_row_built_by_hand(projection):
-    model, batch = random_model(FusionSettings(projection=projection)), random_batch()
-    if projection:
+@pytest.mark.parametrize("projected", [False, True])
+def test_concatenated_memory_equals_each_row_built_by_hand(projected):
+    model, batch = random_model(), random_batch()
+    if projected:
+        model.fusion = Fusion(FusionSettings(), 32, projected=True)
         torch.nn.init.normal_(model.fusion.projection.weight, std=0.2)
     encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
     memory = model.fused(encoded)
@@ -103,7 +104,7 @@ def test_without_fusion_the_decoder_sees_no_instruction():
 
 def test_a_zero_projection_leaves_the_instruction_as_it_is():
     encoded = EncodedInstruction(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
-    fused = Fusion(FusionSettings(projection=True), 8)(encoded)
+    fused = Fusion(FusionSettings(), 8, projected=True)(encoded)
     assert torch.equal(fused.states_KID, encoded.states_KID)
 
 
@@ -113,3 +114,11 @@ def test_instructions_are_not_encoded_under_a_bank():
     bank = model.generate_bank(model.encode_instruction(ids, mask))
     with model.backbone.bound(bank), pytest.raises(RuntimeError, match="without a bank"):
         model.encode_instruction(ids, mask)
+
+
+@pytest.mark.parametrize("kind", ["projection", "plain"])
+def test_a_bfloat16_backbone_fuses_with_float32_weights(kind):
+    fusion = Fusion(FusionSettings(), 8, projected=kind == "projection")
+    states = torch.randn(2, 5, 8).bfloat16()
+    fused = fusion(EncodedInstruction(states, torch.ones(2, 5, dtype=torch.bool)))
+    assert torch.equal(fused.states_KID.bfloat16(), states)

@@ -6,8 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from tagi_ray import history
-from tagi_ray.launch import _News, progress_line
+from tagi_ray.config import Experiment
+from tagi_ray.errors import ConfigError
+from tagi_ray.launch import SPARE_CPUS, _check_capacity, _News, connect, progress_line
+from tagi_ray.report import read_records
 from tagi_ray.stages import StageSpec
 from tests.tiny_run import tiny_experiment
 
@@ -54,4 +59,50 @@ def test_records_beyond_the_checkpoint_are_dropped_and_others_kept(tmp_path: Pat
     with path.open("a") as file:
         file.write('{"stage": "fine')
     history.cut(spec, 50)
-    assert history.read(path) == [RECORD, other]
+    assert read_records(path) == [RECORD, other]
+
+
+def test_cut_texts_are_counted_for_a_person() -> None:
+    assert "  cut 3 texts  " in progress_line({**RECORD, "cut_texts": 3})
+
+
+def sized(tmp_path: Path, actors: int, **resources: int) -> Experiment:
+    experiment = tiny_experiment(tmp_path, resources=resources)
+    evaluation = experiment.evaluation.model_copy(update={"actors": actors})
+    return experiment.model_copy(update={"evaluation": evaluation})
+
+
+def test_capacity_counts_workers_and_evaluation_actors(tmp_path: Path) -> None:
+    four = {"CPU": 4.0}
+    _check_capacity(sized(tmp_path, 4), four)
+    with pytest.raises(ConfigError, match=r"evaluation\.actors=5 needs 5 CPUs .* has 4"):
+        _check_capacity(sized(tmp_path, 5), four)
+    with pytest.raises(ConfigError, match=r"resources\.workers=2 needs 5 CPUs .* has 4"):
+        _check_capacity(sized(tmp_path, 1, workers=2, cpus_per_worker=2), four)
+    with pytest.raises(ConfigError, match=r"evaluation\.actors=2 needs 2 GPUs .* has 1"):
+        _check_capacity(sized(tmp_path, 2, gpus_per_worker=1), {**four, "GPU": 1.0})
+
+
+def started(monkeypatch: pytest.MonkeyPatch, experiment: Experiment) -> dict[str, object]:
+    """What a local Ray is started with, which is not done."""
+    asked: dict[str, object] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **settings: asked.update(settings))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    connect(experiment)
+    return asked
+
+
+def test_a_local_cluster_has_room_for_every_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = started(monkeypatch, sized(tmp_path, 5, cpus_per_worker=2))
+    assert asked["num_cpus"] == 10 + SPARE_CPUS
+
+
+def test_a_local_cluster_without_the_gpus_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"needs 1 GPUs .* has 0"):
+        started(monkeypatch, sized(tmp_path, 1, gpus_per_worker=1))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from tagi_ray.backbone import FAMILIES, Backbone
 from tagi_ray.errors import ConfigError
 from tagi_ray.lora import Binding, LoraBank, LoraLinear, bound, common_start, inject
 from tests.models import fill, random_backbone, random_bank, random_batch
@@ -144,3 +146,39 @@ def test_the_common_start_depends_on_its_seed_alone():
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], other[name])
     assert first[name].abs().max() <= sites[0].d_in ** -0.5
+
+
+def test_factors_are_cast_to_their_weights_dtype_when_they_are_bound():
+    backbone, batch = random_backbone(), random_batch()
+    bank = random_bank(backbone, requires_grad=True)
+    backbone.to(torch.bfloat16)
+    with backbone.bound(bank):
+        cast = backbone.binding.bank
+        assert {f.dtype for f in (*cast.a.values(), *cast.b.values())} == {torch.bfloat16}
+        logits = backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+        logits.float().square().mean().backward()
+    assert all(f.grad.dtype == torch.float32 and f.grad.any() for f in bank.a.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_is_the_argmax_of_the_logits_with_and_without_checkpointing(family):
+    config = AutoConfig.for_model(
+        family, vocab_size=96, d_model=32, d_ff=48, d_kv=12, num_heads=2, num_layers=2,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)  # so that earlier tokens matter
+    backbone, batch = Backbone(model, ("q", "v"), family), random_batch()
+    texts = batch.input_ids_KNS, batch.input_mask_KNS
+    with backbone.bound(random_bank(backbone)):
+        plain = backbone.decode_greedy(*texts, None, 6)
+        backbone.checkpoint_activations()
+        assert torch.equal(backbone.decode_greedy(*texts, None, 6), plain)
+        assert all(block.training for block in model.decoder.block)
+        best = backbone.logits(*texts, plain[..., 1:]).argmax(-1)
+    written = plain[..., 1:] != 0
+    assert torch.equal(best[written], plain[..., 1:][written])
+    assert len(plain[written.nonzero()[0][0]].unique()) > 2

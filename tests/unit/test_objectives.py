@@ -94,8 +94,24 @@ def test_a_task_without_teacher_contributes_its_prediction_loss_alone():
     batch = random_batch(tasks=2, slots=False)
     loss, parts = _step(objective, model, [batch])
     torch.testing.assert_close(loss, parts["cross_entropy"])
+    # Ranks add up their parts: one with a taught batch has no others than this one.
+    taught = _step(objective, model, [random_batch(tasks=2)])[1]
+    assert list(parts) == list(taught)
     assert parts["kl"] == 0
     assert parts["alignment"] == 0
+
+
+def test_no_teacher_runs_for_a_batch_without_one(monkeypatch):
+    model, objective, _ = _finetune()
+    calls = []
+    original = type(model.backbone).logits
+    monkeypatch.setattr(
+        type(model.backbone), "logits", lambda *given: calls.append(1) or original(*given)
+    )
+    _step(objective, model, [random_batch(tasks=2)])
+    assert len(calls) == 2
+    _step(objective, model, [random_batch(tasks=2, slots=False)])
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("through", [False, True])

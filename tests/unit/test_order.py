@@ -69,9 +69,9 @@ def test_any_position_can_be_entered_alone():
     bucket, offsets, epoch, _ = plan.draw(positions)
     fresh = OrderPlan(index_of(MIXED), 3, 4)
     for i in reversed(range(len(positions))):
-        group = fresh.at(int(positions[i]))
-        assert (group.bucket, group.offsets) == (bucket[i], tuple(offsets[i]))
-        assert group.epoch == epoch[i]
+        one_bucket, one_offsets, one_epoch, _ = fresh.draw(positions[i : i + 1])
+        assert (one_bucket[0], tuple(one_offsets[0])) == (bucket[i], tuple(offsets[i]))
+        assert one_epoch[0] == epoch[i]
 
 
 def test_windows_keep_reads_together(monkeypatch):
@@ -141,8 +141,11 @@ def test_slots_without_round_robin_only_label():
     index = index_of(MIXED)
     plain, labelled = OrderPlan(index, 0, 8), OrderPlan(index, 0, 8, slots={"a": 4})
     positions = np.arange(60)
-    assert (plain.draw(positions)[0] == labelled.draw(positions)[0]).all()
-    assert {(labelled.at(p).task, labelled.at(p).slot) for p in range(40)} >= {("a", 4), ("b", -1)}
+    bucket, _, _, slot = labelled.draw(positions)
+    assert (plain.draw(positions)[0] == bucket).all()
+    tasks = [index.tasks[task] for task in index.task[bucket]]
+    labels = set(zip(tasks, slot.tolist(), strict=True))
+    assert labels == {("a", 4), ("b", -1), ("c", -1), ("d", -1)}
 
 
 def test_nothing_to_draw_from_is_refused():
@@ -172,13 +175,14 @@ def test_ranks_share_every_step_without_overlap(world, start):
 def test_table_says_where_groups_lie():
     index = index_of(MIXED)
     plan = OrderPlan(index, 0, 4, slots={"a": 2})
-    table = plan.table(np.asarray([9, 3]))
-    for row, position in zip(table.to_pylist(), (9, 3), strict=True):
-        group = plan.at(position)
+    positions = np.asarray([9, 3])
+    rows = plan.table(positions).to_pylist()
+    for row, position, *drawn in zip(rows, positions, *plan.draw(positions), strict=True):
+        bucket, offsets, epoch, slot = drawn
         assert row["position"] == position
-        assert row["row_group"] * 16 + row["row"] == group.bucket
-        assert tuple(row["offsets"]) == group.offsets
-        assert (row["epoch"], row["slot"]) == (group.epoch, group.slot)
+        assert row["row_group"] * 16 + row["row"] == bucket
+        assert row["offsets"] == offsets.tolist()
+        assert (row["epoch"], row["slot"]) == (epoch, slot)
 
 
 def test_hash_is_fixed_and_uniform():

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tagi_ray import recipes
@@ -65,7 +65,7 @@ def test_all_problems_are_reported_at_once_with_their_place(write, monkeypatch):
     monkeypatch.delenv("NO_VARIABLE", raising=False)
     recipe = write(
         """\
-base: demo
+name: mine
 finetune:
   optimizer: {learning_rat: 1e-4}
   groups: 7
@@ -157,11 +157,11 @@ def test_a_circle_of_bases(write):
 def test_overrides_are_yaml_and_the_last_one_holds():
     experiment = recipes.load(
         "demo",
-        ["lora.targets=[q,v]", "lora.rank=1e1", "lora.rank=8", "data.path=a=b", "name=no"],
+        ["lora.targets=[q,v]", "lora.rank=1e1", "lora.rank=8", "backbone.path=a=b", "name=no"],
     )
     assert experiment.lora.targets == ("q", "v")
     assert experiment.lora.rank == 8
-    assert experiment.data.path == "a=b"
+    assert experiment.backbone.path == "a=b"
     assert experiment.name == "no"
 
 
@@ -229,6 +229,7 @@ SCALARS = (
 
 
 @given(st.dictionaries(st.text("abc_", min_size=1), SCALARS | st.lists(SCALARS)))
+@example({"a": "one\x85two\u2028three\u2029four"})
 def test_what_is_dumped_is_read_back(values):
     parsed = yaml_source.parse(yaml_source.dump(values))
     assert not parsed.problems

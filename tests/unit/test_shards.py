@@ -88,6 +88,45 @@ def test_oracle_instances_never_repeat_a_text_that_is_scored():
     assert rows[1]["order"] >> 60 == 1
 
 
+def held_out(texts: str, scored: int, oracle: int) -> list[list[str]]:
+    """Ids of the buckets of a held-out task that has these texts."""
+    listed = tuple(Instance(f"t{i}", text, ("o",)) for i, text in enumerate(texts))
+    settings = DataSettings(test_instances=scored, oracle_instances=oracle)
+    source = Listed(Task("t", "c", ("Do.",)), listed)
+    return [row["ids"] for row in cut_buckets(source, "test", settings, 0)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "scored", "oracle", "expected"),
+    [
+        # A third of the task, where no instance is left over.
+        ("abcdef", 6, 9, ["t0 t1 t2 t3", "t4 t5"]),
+        ("abcdef", 9, 1, ["t0 t1 t2 t3 t4", "t5"]),
+        # What is left over counts, and suffices here.
+        ("abcdef", 5, 9, ["t0 t1 t2 t3", "t4 t5"]),
+        ("abcdef", 4, 9, ["t0 t1 t2 t3", "t4 t5"]),
+        ("abcdef", 2, 9, ["t0 t1", "t2 t3 t4 t5"]),
+        ("ab", 2, 9, ["t0", "t1"]),
+        # A text stays on the side of its first instance.
+        ("abcaabda", 8, 9, ["t0 t1 t2 t3 t4 t5", "t6"]),
+        ("abcbdeef", 8, 2, ["t0 t1 t2 t3 t4", "t5 t7"]),
+        ("abcdef", 6, 0, ["t0 t1 t2 t3 t4 t5"]),
+        ("aaa", 2, 9, ["t0 t1"]),
+    ],
+)
+def test_oracle_of_a_short_task_takes_from_what_would_be_scored(texts, scored, oracle, expected):
+    assert held_out(texts, scored, oracle) == [ids.split() for ids in expected]
+
+
+def test_a_task_that_can_have_no_oracle_is_refused_with_the_cure(tmp_path):
+    settings = write_jsonl(tmp_path / "d.jsonl", {"a": 5, "t": 1})
+    with pytest.raises(DataError, match=r"held-out tasks t: .*data\.oracle_instances=0"):
+        write_shards(settings, tmp_path / "s", 0, parallel=False)
+    assert not (tmp_path / "s").exists()
+    settings = settings.model_copy(update={"oracle_instances": 0})
+    assert write_shards(settings, tmp_path / "s", 0, parallel=False).tasks["t"].instances == 1
+
+
 def test_leaked_instances_are_counted(tmp_path):
     settings = write_jsonl(
         tmp_path / "d.jsonl",

@@ -7,6 +7,7 @@ import pytest
 
 from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
+from tagi_ray.json_files import read_json_lines
 from tagi_ray.task_files import read_tasks
 from tagi_ray.tasks import Instance, PositiveExample
 
@@ -70,6 +71,39 @@ def test_sni_faults_name_file_and_instance(tmp_path, fields, message):
     (tmp_path / "task1.json").write_text(json.dumps(sni_record(**fields)))
     with pytest.raises(DataError, match=message):
         reading("sni", tmp_path)
+
+
+def test_sni_fields_that_nobody_reads_may_hold_nan(tmp_path):
+    example = {"input": "1 1", "output": "2", "explanation": float("nan")}
+    instance = {"id": "x-0", "input": "1 2", "output": ["3"], "score": float("inf")}
+    record = sni_record(**{"Positive Examples": [example], "Instances": [instance]})
+    path = tmp_path / "task1.json"
+    path.write_text(json.dumps({**record, "Instruction Source": float("nan")}))
+    (source,) = reading("sni", tmp_path)
+    assert list(source.instances()) == [Instance("x-0", "1 2", ("3",))]
+    for field, message in (("input", "input can't be nan"), ("output", "output can't be nan")):
+        faulty = {**record, "Instances": [{**instance, field: float("nan")}]}
+        path.write_text(json.dumps(faulty))
+        with pytest.raises(DataError, match=rf"instance x-0: {message}"):
+            reading("sni", tmp_path)
+    path.write_text(json.dumps({**record, "Definition": float("nan")}))
+    with pytest.raises(DataError, match="Definition can't be nan"):
+        reading("sni", tmp_path)
+
+
+def test_lines_end_where_jsonl_ends_them(tmp_path):
+    path = write_lines(
+        tmp_path / "any.jsonl",
+        b"\xef\xbb\xbf" + '{"a": "one\u2028line\u0085"}\r'.encode(),
+        "",
+        {"a": 2},
+    )
+    assert list(read_json_lines(path)) == [(1, {"a": "one\u2028line\u0085"}), (3, {"a": 2})]
+    write_lines(path, {"a": 2}, '{"a": 1, "a": 2}')
+    with pytest.raises(DataError, match=r"any\.jsonl:2: holds the key 'a' twice"):
+        list(read_json_lines(path))
+    with pytest.raises(DataError, match="can't be read"):
+        list(read_json_lines(tmp_path / "absent.jsonl"))
 
 
 def test_sni_files_outside_both_lists_are_not_even_parsed(tmp_path, caplog):

@@ -6,19 +6,29 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tagi_ray import checkpoint, history, objectives, train_loop
+from tagi_ray.backbone import Backbone
 from tagi_ray.config import Experiment
 from tagi_ray.errors import AdapterError, CheckpointError, TrainingError
+from tagi_ray.report import read_records
 from tagi_ray.shards import read_manifest
-from tagi_ray.stages import Kind, StageSpec, trained_bank
-from tagi_ray.teachers import teacher_names, write_teachers
+from tagi_ray.stages import Kind, StageSpec, fingerprint, trained_bank
+from tagi_ray.teachers import write_teachers
 from tagi_ray.train_loop import Worker, run_stage
 from tagi_ray.zero import ZeroEngine
-from tests.tiny_run import tiny_experiment, tiny_run, trained
+from tests.tiny_run import (
+    STAGE,
+    stage_of,
+    tiny_experiment,
+    tiny_run,
+    trained,
+    write_random_teachers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +44,7 @@ def run(prepared: Path, tmp_path: Path) -> Path:
 
 
 def spec_of(run: Path, kind: Kind = "finetune", **changes: object) -> StageSpec:
-    experiment = tiny_experiment(run.parent, **changes)
-    slots = teacher_names(read_manifest(run / "shards"), "train", "task")[:6]
-    return StageSpec(experiment, kind, run, 0, slots=slots if kind == "teachers" else ())
+    return stage_of(tiny_experiment(run.parent, **changes), run, kind)
 
 
 class Killed(Exception):
@@ -115,7 +123,9 @@ def test_finished_stage_returns_at_once(run: Path, monkeypatch: pytest.MonkeyPat
     spec = spec_of(run)
     run_stage(spec, Worker())
     monkeypatch.setattr(train_loop, "build_stage", None)
+    monkeypatch.setattr(checkpoint, "load_file", None)  # its tensors are not needed to see that
     run_stage(spec, Worker())
+    assert history.is_done(spec, fingerprint(spec))
 
 
 def test_what_is_not_finite_is_never_written(run: Path) -> None:
@@ -123,7 +133,7 @@ def test_what_is_not_finite_is_never_written(run: Path) -> None:
     spec = spec_of(run, "metatrain", save_every=1, log_every=1, optimizer=wild)
     with pytest.raises(TrainingError, match=r"is nan at step 2.*lower the rate"):
         run_stage(spec, Worker())
-    for record in history.read(run / "metrics.jsonl"):
+    for record in read_records(run / "metrics.jsonl"):
         assert all(value == value for value in record.values())
     for step in checkpoint.steps(spec.checkpoints):
         tensors, _ = checkpoint.load(checkpoint.path_of(spec.checkpoints, step))
@@ -165,7 +175,62 @@ def test_trained_teachers_reach_the_finetuning(run: Path) -> None:
         run_stage(student, Worker())
     folder = run / "teachers"
     write_teachers(
-        folder, bank, spec.slots, spec.experiment, role="train", steps=20, final_loss=1.0
+        folder,
+        bank,
+        spec.slots,
+        spec.experiment,
+        role="train",
+        steps=20,
+        final_loss=1.0,
+        manifest=read_manifest(run / "shards"),
     )
     run_stage(student, Worker())
     assert any(record["kl"] > 0 for record in trained(student)["records"])
+
+
+def test_validation_without_teachers_runs_no_teacher(run: Path) -> None:
+    spec = spec_of(run, taught=True, valid_every=8)
+    write_random_teachers(spec.experiment, run)
+    kinds: list[bool] = []
+    original = Backbone.logits
+
+    def counted(self: Backbone, *given: Any) -> torch.Tensor:
+        kinds.append(torch.is_grad_enabled())
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "logits", counted)
+        run_stage(spec, Worker())
+    settings = spec.settings
+    students = settings.steps * settings.groups // settings.micro_groups
+    # Without gradient run a teacher beside each student, at most, and the student in validation.
+    validated = -(-settings.valid_groups // settings.micro_groups)
+    assert kinds.count(True) == students
+    assert kinds[-validated:] == [False] * validated
+    assert kinds[-validated - 1]
+    last = trained(spec)["records"][-1]
+    assert last["kl"] > 0
+    assert last["alignment"] > 0
+
+
+def test_cut_texts_and_wrapped_instances_are_told(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def records(kind: Kind, instances: int, **limits: int) -> list[dict]:
+        spec = spec_of(run, kind, instances=instances)
+        data = spec.experiment.data.model_copy(update={"max_prompt_tokens": 4096, **limits})
+        spec = replace(spec, experiment=spec.experiment.model_copy(update={"data": data}))
+        run_stage(spec, Worker())
+        return trained(spec)["records"]
+
+    with caplog.at_level("INFO"):
+        whole = records("teachers", 2, max_target_tokens=4096)
+        assert not any("cut_texts" in record for record in whole)
+        assert "second time" not in caplog.text
+        # A target of one token is nothing but its end.
+        cut = records("metatrain", 3, max_target_tokens=1)
+    per_record = STAGE["log_every"] * STAGE["groups"] * 3
+    assert [record["cut_texts"] for record in cut] == [per_record] * 4
+    # A bucket of 8 instances is drawn in 3 groups of 3.
+    buckets = len(read_manifest(run / "shards").splits["train"].count)
+    assert f"draws {buckets} of its instances a second time" in caplog.text

@@ -88,3 +88,14 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
         prepare_tokenizer(BackboneSettings(path=str(tmp_path / "no")), tmp_path, tmp_path / "t")
     with pytest.raises(DataError, match="holds no tokenizer"):
         TextTokenizer(tmp_path / "no")
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "special.json"])
+def test_a_file_that_is_missing_is_named(tmp_path, missing):
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special.json").write_text(json.dumps({"pad": 0, "eos": 1, "start": 0}))
+    assert TextTokenizer(tmp_path).size == 2
+    (tmp_path / missing).unlink()
+    with pytest.raises(DataError, match=rf"holds no {missing}; prepare the data first"):
+        TextTokenizer(tmp_path)

@@ -1,0 +1,126 @@
+"""What a GPU computes beside what the CPU does: precision, attention kernels, the bank, ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tagi_ray import objectives
+from tagi_ray.batches import Batch
+from tagi_ray.config import DistillationSettings, StageSettings
+from tagi_ray.model import TagiModel
+from tagi_ray.zero import ZeroEngine
+from tests.models import fill, random_batch, random_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+DEVICE = torch.device("cuda")
+BFLOAT16_LOSS = 5e-3
+"""Relative: a bfloat16 keeps 8 bits (0.4%), and the errors of many operations partly cancel."""
+FLOAT32_LOGITS = 1e-4
+"""Absolute and relative, between two orders of the same sums in float32."""
+FLOAT32_LOSS = 1e-4
+"""Relative, after updates by AdamW, which amplifies the smallest gradients' differences."""
+
+FINETUNE = objectives.finetune(DistillationSettings(), None, "full")
+
+
+def finetune_loss(model: TagiModel, batch: Batch) -> float:
+    """Run one forward and backward."""
+    with ExitStack() as scope:
+        result = FINETUNE.loss(model, batch, FINETUNE.denominators(batch), scope)
+        result.loss.backward()
+    return result.loss.item()
+
+
+def logits(model: TagiModel, batch: Batch) -> torch.Tensor:
+    return model.backbone.logits(batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT)
+
+
+def test_finetune_step_with_bfloat16_backbone_and_float32_hypernetwork():
+    batch = random_batch(tasks=3, slots=False)
+    expected = finetune_loss(random_model(), batch)
+    model = random_model().to(DEVICE)
+    model.backbone.to(torch.bfloat16)
+    assert finetune_loss(model, batch.to(DEVICE)) == pytest.approx(expected, rel=BFLOAT16_LOSS)
+    gradients = {name: p.grad for name, p in model.trainable().items()}
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+    for side in ("heads_a", "heads_b"):
+        assert any(side in name and g is not None and g.any() for name, g in gradients.items())
+
+
+@torch.no_grad()
+def test_fused_attention_gives_the_logits_of_plain_attention():
+    batch = random_batch(tasks=3).to(DEVICE)
+    model = random_model().to(DEVICE)
+    found = {}
+    for attention in ("sdpa", "eager"):
+        model.backbone.model.set_attn_implementation(attention)
+        assert model.backbone.model.encoder.config._attn_implementation == attention
+        with model.backbone.bound(fill(model.backbone.sites, 3).to(DEVICE)):
+            found[attention] = logits(model, batch)
+    torch.testing.assert_close(
+        found["sdpa"], found["eager"], rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bank_with_zero_b_is_the_backbone_bit_for_bit(dtype: torch.dtype):
+    batch = random_batch(tasks=3).to(DEVICE)
+    model = random_model().to(DEVICE)
+    model.backbone.to(dtype)
+    bank = fill(model.backbone.sites, 3).to(DEVICE)
+    bare = logits(model, batch)
+    with model.backbone.bound(bank.zeroed()):
+        assert torch.equal(logits(model, batch), bare)
+    with model.backbone.bound(bank):
+        assert not torch.equal(logits(model, batch), bare)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """The engines of a test make the group and share it; the next test makes its own."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def zero_losses(stage: int) -> list[float]:
+    """Return the losses of three steps on one batch."""
+    settings = StageSettings.model_validate(
+        {
+            "steps": 3, "groups": 3, "micro_groups": 3, "instances": 3,
+            "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0},
+        }
+    )  # fmt: skip
+    rate = settings.optimizer.learning_rate
+    engine = ZeroEngine(random_model(), FINETUNE, settings, stage, rate, DEVICE)
+    batch = random_batch(tasks=3, slots=False).to(DEVICE)
+    totals = FINETUNE.denominators(batch)
+    losses = []
+    for _ in range(settings.steps):
+        with ExitStack() as scope:
+            result = engine.forward(batch, totals, scope)
+            engine.backward(result.loss)
+        engine.step()
+        losses.append(result.loss.item())
+    engine.close()
+    return losses
+
+
+@pytest.mark.usefixtures("process_group")
+def test_zero_stages_0_and_2_take_the_same_steps():
+    plain, sharded = zero_losses(0), zero_losses(2)
+    assert plain[2] < plain[1] < plain[0]
+    assert sharded == pytest.approx(plain, rel=FLOAT32_LOSS)
