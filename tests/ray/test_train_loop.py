@@ -191,7 +191,7 @@ def test_killed_driver_started_again_ends_as_if_undisturbed(
     run_stage(whole, Worker())
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "broken"), str(steps)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as driver:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while len(read_records(broken.run_folder / history.METRICS)) < 8:
             assert driver.poll() is None
             assert time.monotonic() < deadline
