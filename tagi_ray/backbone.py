@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,7 +228,10 @@ def _pretrained_config(settings: BackboneSettings) -> Any:
 
 def _pretrained_model(settings: BackboneSettings) -> Any:
     from transformers import AutoModelForSeq2SeqLM
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # in a log its bars are noise
     config = _pretrained_config(settings)
     try:
         return AutoModelForSeq2SeqLM.from_pretrained(

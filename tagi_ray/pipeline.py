@@ -109,7 +109,7 @@ def generate(
     weights = trained_weights(experiment, run, SYSTEM, experiment.seeds[0])
     folder = _lasting("--output", output) if output else run / "adapters"
     written = generate_adapters(experiment, run, weights, tasks, folder, _alone(run))
-    say(f"{len(written)} adapters in {folder}")
+    say(f"adapters: {len(written)} in {folder}")
     return folder
 
 
