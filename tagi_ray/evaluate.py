@@ -27,13 +27,14 @@ from tagi_ray.config import Experiment, System
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.export import stack_adapters
 from tagi_ray.groups import Part, TextGroup
+from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank
 from tagi_ray.metrics import METRICS, Prediction, aggregate, exact_match, rouge_l
 from tagi_ray.model import TagiModel, build_model
 from tagi_ray.shards import ShardTask, read_manifest, read_tasks_of
 from tagi_ray.systems import KNOWN_SYSTEMS, SystemPlan, Weights, instruction_sources
 from tagi_ray.tasks import Task
-from tagi_ray.teachers import folder_name
+from tagi_ray.teachers import teacher_name
 from tagi_ray.vocabulary import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,7 @@ class Scorer:
 
     def _oracle_bank(self, tasks: Sequence[ShardTask]) -> LoraBank:
         per = self.experiment.oracle.per
-        names = [
-            one.task.name if per == "task" else folder_name(one.task.category) for one in tasks
-        ]
+        names = [teacher_name(one.task.name, one.task.category, per) for one in tasks]
         bank = stack_adapters(
             [self.oracle_folder / name for name in names],
             self.model.backbone.sites,
@@ -352,9 +351,7 @@ def write_scores(
     merged = {**(before["systems"] if before.get("run") == run else {}), **systems}
     ordered = {name: merged[name] for name in KNOWN_SYSTEMS if name in merged}
     scores = {"systems": ordered, "run": dict(run)}
-    draft = run_folder / ".scores.json.tmp"
-    draft.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     return scores
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tagi_ray import checkpoint
+from tagi_ray.json_files import write_whole
 from tagi_ray.report import read_records
 from tagi_ray.stages import StageSpec
 
@@ -108,9 +109,7 @@ def cut(spec: StageSpec, step: int) -> None:
         return not same or record["step"] <= step
 
     kept = "".join(json.dumps(record) + "\n" for record in read_records(path) if stays(record))
-    draft = path.with_suffix(".tmp")
-    draft.write_text(kept, encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, kept)
 
 
 def _names(spec: StageSpec) -> Record:

@@ -1,4 +1,7 @@
-"""Strict JSON from files that people write, with the place named in every refusal."""
+"""Strict JSON from files that people write, with the place named in every refusal.
+
+And text files of our own, written so that no crash leaves half of one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,13 @@ from tagi_ray.errors import DataError
 MAX_LINE_BYTES = 8 << 20
 
 Record = Mapping[str, Any]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all. One process writes."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Record]]:

@@ -22,6 +22,7 @@ from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, RunConflictError
 from tagi_ray.evaluate import evaluate as score_systems
 from tagi_ray.generate import SYSTEM, generate_adapters, instructed_task, read_instructions
+from tagi_ray.json_files import write_whole
 from tagi_ray.launch import connect, fit, run_remotely
 from tagi_ray.report import read_records, scores_table, write_report
 from tagi_ray.shard_writer import write_shards
@@ -144,9 +145,9 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
         ])  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     if known is None:
-        _write(backbone, json.dumps({"path": experiment.backbone.path, "weights": weights}))
+        write_whole(backbone, json.dumps({"path": experiment.backbone.path, "weights": weights}))
     if not settings.exists():
-        _write(settings, recipes.dump(experiment))
+        write_whole(settings, recipes.dump(experiment))
     return experiment, run
 
 
@@ -183,13 +184,6 @@ def _lasting(field: str, path: str) -> Path:
             f" temporary copy of that folder; set {field}=/a/shared/folder"
         ])  # fmt: skip
     return Path(path).absolute()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, "utf-8")
-    draft.replace(path)
 
 
 def _dumped(experiment: Experiment) -> dict[str, Any]:

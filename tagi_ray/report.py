@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 from urllib.parse import quote
 
+from tagi_ray.json_files import write_whole
 from tagi_ray.metrics import METRICS
 from tagi_ray.systems import KNOWN_SYSTEMS
 
@@ -46,9 +47,7 @@ def write_report(run_folder: Path) -> Path:
         **_score_fields(scores),
     )
     target = run_folder / "report.html"
-    draft = run_folder / ".report.html.tmp"
-    draft.write_text(page, "utf-8")
-    draft.replace(target)
+    write_whole(target, page)
     return target
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tagi_ray.errors import DataError
+from tagi_ray.json_files import write_whole
 from tagi_ray.tasks import Instance, PositiveExample, SplitName, Task
 
 FORMAT_VERSION = 1
@@ -157,9 +158,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
         },
         "leaked_instances": manifest.leaked_instances,
     }
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(content))
 
 
 def bucket_row(task: Task, instances: list[Instance]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from tagi_ray.config import Experiment
 from tagi_ray.errors import AdapterError, DataError
 from tagi_ray.export import WEIGHTS_FILE, adapter_readme, file_hash, stack_adapters, write_adapter
+from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank, Site
 from tagi_ray.shards import Manifest
 
@@ -58,6 +59,11 @@ def folder_name(category: str) -> str:
     return name
 
 
+def teacher_name(task: str, category: str, per: Per) -> str:
+    """Return the teacher of a task, its own or its category's; also the name of its folder."""
+    return task if per == "task" else folder_name(category)
+
+
 def teacher_names(manifest: Manifest, role: Role, per: Per) -> tuple[str, ...]:
     """Return the teachers of this role, one for each task or category, sorted.
 
@@ -87,7 +93,7 @@ def _teacher_of(manifest: Manifest, role: Role, per: Per) -> dict[str, str]:
                 f" in the folder {name}: rename one category, or use teachers.per=task"
             )
         categories[name] = category
-    return {task: folder_name(manifest.tasks[task].category) for task in tasks}
+    return {task: teacher_name(task, manifest.tasks[task].category, per) for task in tasks}
 
 
 def finished(folder: Path) -> dict[str, TeacherRecord]:
@@ -134,9 +140,7 @@ def write_teachers(
         "lora": experiment.lora.model_dump(mode="json"),
         "teachers": records,
     }
-    draft = folder / f".{INDEX}.tmp"
-    draft.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    draft.replace(folder / INDEX)
+    write_whole(folder / INDEX, json.dumps(content, indent=1) + "\n")
 
 
 def read_teachers(
