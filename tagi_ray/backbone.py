@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tagi_ray.config import BackboneSettings, LoraSettings
 from tagi_ray.errors import ConfigError
 from tagi_ray.lora import Binding, LoraBank, Site, bound, inject
+from tagi_ray.sections import ArchitectureSettings, BackboneSettings, LoraSettings
 from tagi_ray.vocabulary import TextTokenizer
 
 DEMO = Path(__file__).parent / "demo_backbone"
@@ -248,19 +248,25 @@ def _pretrained_model(settings: BackboneSettings) -> Any:
 def _random_model(settings: BackboneSettings, tokenizer: TextTokenizer, seed: int) -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    shape = settings.architecture
+    shape = settings.architecture or ArchitectureSettings()
     config = T5Config(
-        vocab_size=-(-tokenizer.size // 64) * 64,
+        vocab_size=shape.vocabulary or -(-tokenizer.size // 64) * 64,
         d_model=shape.d_model,
         d_ff=shape.d_ff,
         d_kv=shape.d_kv,
         num_heads=shape.heads,
         num_layers=shape.layers,
+        feed_forward_proj=shape.feed_forward,
         dropout_rate=0.0,
         pad_token_id=tokenizer.pad_id,
         eos_token_id=tokenizer.eos_id,
+        tie_word_embeddings=shape.tied_embeddings,  # pyright: ignore[reportCallIssue] # no field
     )
     config.decoder_start_token_id = tokenizer.start_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return T5ForConditionalGeneration(config).to(getattr(torch, settings.dtype))
+        model = T5ForConditionalGeneration(config)
+        if not shape.tied_embeddings:
+            # The class ties the output layer whatever it is told; files with both come untied.
+            model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
+        return model.to(getattr(torch, settings.dtype))

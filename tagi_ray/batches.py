@@ -17,9 +17,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tagi_ray.config import DataSettings
 from tagi_ray.groups import Part, TextGroup, load_tokenizer, prepare, tokenise
 from tagi_ray.order import OrderPlan, micro_batches, rank_positions
+from tagi_ray.sections import DataSettings
 from tagi_ray.vocabulary import TextTokenizer
 
 IGNORED = -100

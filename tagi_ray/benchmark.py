@@ -150,7 +150,7 @@ def train_step_case(
     one instance through the same code. tokens: I, S and T, all filled.
     """
     from tagi_ray import objectives
-    from tagi_ray.config import DistillationSettings
+    from tagi_ray.sections import DistillationSettings
 
     model = random_model(shape)
     grouped = _random_batch(shape, tasks, instances, tokens)
@@ -174,10 +174,10 @@ def random_model(shape: Shape) -> TagiModel:
     from transformers import T5Config, T5ForConditionalGeneration
 
     from tagi_ray.backbone import Backbone
-    from tagi_ray.config import FusionSettings, HypernetworkSettings, LoraSettings
     from tagi_ray.fusion import Fusion
     from tagi_ray.hypernetwork import Hypernetwork
     from tagi_ray.model import TagiModel
+    from tagi_ray.sections import FusionSettings, HypernetworkSettings, LoraSettings
 
     lora = LoraSettings()
     config = T5Config(

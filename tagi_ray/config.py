@@ -1,4 +1,4 @@
-"""What a run is: one frozen, validated tree of settings, and the only source of defaults.
+"""What a run is: one frozen, validated tree of settings, checked across its sections.
 
 Imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
 """
@@ -7,282 +7,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
+
+from tagi_ray.sections import (
+    BackboneSettings,
+    BankSettings,
+    DataSettings,
+    DistillationSettings,
+    Distinct,
+    EvaluationSettings,
+    FusionSettings,
+    HypernetworkSettings,
+    Logger,
+    LoraSettings,
+    MetatrainSettings,
+    PretrainSettings,
+    ResourceSettings,
+    Section,
+    StageSettings,
+    TeacherSettings,
+    Variant,
+)
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(gt=0)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-T = TypeVar("T")
-
-
-def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:
-    repeated = sorted({str(item) for item in items if items.count(item) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)} stands there twice: keep one")
-    return items
-
-
-Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
-"""At least one, and no two the same."""
-
-
-class Section(BaseModel):
-    """A part of the settings tree: frozen, and closed to unknown fields."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
-
-
-class DataSettings(Section):
-    """Where the tasks come from, how they are split, and how they are rendered."""
-
-    source: Literal["synthetic", "sni", "jsonl", "alpaca", "hub"] = "synthetic"
-    """Format of the task files; `synthetic` is the embedded world and reads nothing."""
-    path: str | None = None
-    """Folder or file of the task files, or the hub dataset id."""
-    revision: str | None = None
-    """Commit or tag of a hub dataset."""
-    train_tasks_file: str | None = None
-    """Text file with one training task per line (the official SNI split format)."""
-    test_tasks_file: str | None = None
-    """Text file with one held-out task per line."""
-    test_categories: tuple[str, ...] = ()
-    """Held-out categories: every task of them is a test task."""
-    test_tasks: tuple[str, ...] = ()
-    """Held-out tasks by name."""
-    valid_fraction: Fraction = 0.1
-    """Share of the training tasks set aside for validation, drawn over the categories."""
-    train_instances: Count = 100
-    """Instances kept of each training or validation task (the paper: 100)."""
-    test_instances: Count = 100
-    """Instances scored of each held-out task: the first ones (the paper: 100)."""
-    oracle_instances: CountOrZero = 100
-    """Instances of each held-out task for oracle teachers, none of them scored. A task with fewer
-    to spare gives up to a third of its instances, and is scored on fewer."""
-    prompt: Literal["def", "def_2pos"] = "def"
-    """Tk-Instruct prompt: definition alone, or with two positive examples."""
-    max_instruction_tokens: Count = 1024
-    max_input_tokens: Count = 1024
-    """Longest input without its instruction; longer ones are cut, and counted."""
-    max_prompt_tokens: Count = 1024
-    """Longest instruction and input together."""
-    max_target_tokens: Count = 128
-
-    @model_validator(mode="after")
-    def _one_split(self) -> DataSettings:
-        if self.source == "synthetic":
-            files = ("path", "revision", "train_tasks_file", "test_tasks_file")
-            given = [f"data.{name}" for name in (*files, "test_categories", "test_tasks")
-                     if getattr(self, name)]  # fmt: skip
-            if given:
-                raise ValueError(
-                    f"{' and '.join(given)} would not be read, for data.source=synthetic has tasks"
-                    " and held-out tasks of its own: set another data.source, or leave that out"
-                )
-            return self
-        problems: list[str] = []
-        if self.path is None:
-            problems.append(
-                f"data.path is not set, and data.source={self.source} reads from it:"
-                " give data.path=PATH, the folder or file of the tasks or a hub dataset id"
-            )
-        named = {
-            "data.test_tasks_file": self.test_tasks_file,
-            "data.test_categories": self.test_categories,
-            "data.test_tasks": self.test_tasks,
-        }
-        given = [field for field, value in named.items() if value]
-        if not given:
-            problems.append(
-                "data.test_tasks_file is not set: give data.test_tasks_file=FILE, which names one"
-                " held-out task per line (or name them in data.test_tasks or data.test_categories)"
-            )
-        elif len(given) > 1:
-            problems.append(f"{' and '.join(given)} both name the held-out tasks: keep one of them")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-
-class ArchitectureSettings(Section):
-    """Shape of a randomly initialised T5 backbone."""
-
-    d_model: Count = 128
-    d_ff: Count = 256
-    d_kv: Count = 32
-    heads: Count = 4
-    layers: Count = 2
-    """Blocks in the encoder and again in the decoder."""
-
-
-class BackboneSettings(Section):
-    """The frozen language model that adapters are generated for."""
-
-    path: str = "demo"
-    """`demo` (shipped with the package), `random`, a local directory, or a hub model id."""
-    revision: str | None = None
-    """Commit or tag of a hub model."""
-    architecture: ArchitectureSettings = ArchitectureSettings()
-    """Used with path `random` only."""
-    tokenizer: str | None = None
-    """Directory, hub id, or `train` (fitted on the training split); if not set the backbone's."""
-    tokenizer_vocabulary: Count = 4096
-    """Size of a tokenizer fitted on the training split."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
-
-
-class LoraSettings(Section):
-    """Shape of every adapter of the run, generated or trained."""
-
-    rank: Count = 32
-    alpha: Positive = 64.0
-    """The update is scaled by alpha / rank."""
-    targets: Distinct[str] = ("q", "v")
-    """Last part of the names of the linears that get an adapter."""
-    start_seed: int = 0
-    """Seed of the common A factors that every teacher and the hypernetwork start from."""
-
-
-class HypernetworkSettings(Section):
-    """Transformer trunk over (layer, module, A or B) queries, and a factored head."""
-
-    generator: Literal["attention"] = "attention"
-    width: Count = 256
-    layers: Count = 2
-    heads: Count = 4
-    capacity: Count = 64
-    """Number k of basis rows from which each factor is mixed: the one capacity knob."""
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> HypernetworkSettings:
-        if self.width % self.heads:
-            raise ValueError(
-                f"hypernetwork.width={self.width} is not a multiple of"
-                f" hypernetwork.heads={self.heads}"
-            )
-        return self
-
-
-class FusionSettings(Section):
-    """How the instruction reaches the student besides its adapter."""
-
-    kind: Literal["none", "concat"] = "concat"
-    """`concat`: the encoded instruction stands before the input in the decoder's memory."""
-
-
-class DistillationSettings(Section):
-    """Weights of the loss L_pred + lambda_kl L_kl + lambda_ins L_ins (Eq. 6)."""
-
-    lambda_kl: NonNegative = 5.0
-    temperature: Positive = 1.0
-    lambda_ins: Literal["sigmoid"] | NonNegative = "sigmoid"
-    """`sigmoid`: sigmoid(L_ins) of each task (App. B.4); or a fixed weight."""
-    sigmoid_gradient: bool = False
-    """Let the gradient through sigmoid(L_ins), as the released code does."""
-    alignment: Literal["delta_w", "factors"] = "delta_w"
-
-
-class OptimizerSettings(Section):
-    """Optimiser and learning-rate schedule of one stage."""
-
-    name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: Positive = 1e-4
-    schedule: Literal["constant", "linear", "inverse_sqrt"] = "linear"
-    """What follows the warm-up."""
-    warmup_fraction: Fraction = 0.02
-    weight_decay: NonNegative = 0.0
-    clip_norm: Positive = 1.0
-
-
-class StageSettings(Section):
-    """One training stage: how long, on how much, how often it reports."""
-
-    steps: Count = 20000
-    """Optimiser steps."""
-    groups: Count = 16
-    """Task groups per optimiser step, over all workers and accumulation steps."""
-    micro_groups: Count = 8
-    """Task groups K in one forward of one worker; the rest of a step is accumulated."""
-    instances: Count = 1
-    """Instances n of the task in each group."""
-    optimizer: OptimizerSettings = OptimizerSettings()
-    log_every: Count = 50
-    """Steps between two log lines."""
-    save_every: CountOrZero = 500
-    """Steps between two checkpoints besides the last one (0: the last one only)."""
-    valid_every: CountOrZero = 0
-    """Steps between two losses on the validation tasks (0: at the end only)."""
-    valid_groups: Count = 32
-    """Groups of validation tasks in that loss."""
-
-
-class BankSettings(StageSettings):
-    """Adapters trained with instances, several in one bank; they are not validated."""
-
-    per: Literal["task", "category"] = "task"
-    prompt: Literal["full", "input"] = "full"
-    """What a teacher reads: instruction and input (Eq. 5), or the input alone."""
-
-
-class TeacherSettings(BankSettings):
-    """Teachers of the training tasks."""
-
-    enabled: bool = True
-    """Without teachers only the cross-entropy is trained."""
-
-
-class MetatrainSettings(StageSettings):
-    """Instruction tuning of the whole backbone: the baseline."""
-
-    learning_rates: Distinct[Positive] = (1e-4,)
-    """Each is trained, the best on validation is scored. Replaces optimizer.learning_rate."""
-
-
-class ResourceSettings(Section):
-    """What the training workers ask of the cluster."""
-
-    workers: Count = 1
-    cpus_per_worker: Count = 1
-    gpus_per_worker: CountOrZero = 0
-    zero_stage: Literal[0, 1, 2] = 0
-    max_failures: CountOrZero = 0
-    """Worker failures after which a stage is given up."""
-
-
-System = Literal[
-    "base", "metatrain", "tagi", "tagi_no_bank", "tagi_no_fusion", "tagi_shuffled", "tagi_empty",
-    "teacher", "tagi_adapter_only", "tagi_adapter_only_shuffled",
-    "tagi_fusion_only", "tagi_fusion_only_shuffled",
-]  # fmt: skip
-SYSTEMS: tuple[System, ...] = (
-    "base", "metatrain", "tagi", "tagi_no_bank", "tagi_no_fusion", "tagi_shuffled", "tagi_empty",
-    "teacher",
-)  # fmt: skip
-
-Variant = Literal["tagi", "tagi_adapter_only", "tagi_fusion_only"]
-
-
-class EvaluationSettings(Section):
-    """Which systems are scored on the held-out tasks, and in which batches."""
-
-    systems: Distinct[System] = SYSTEMS
-    tasks_per_batch: Count = 8
-    instances_per_batch: Count = 50
-    actors: Count = 1
-    """Parallel evaluation actors, each with the whole backbone."""
 
 
 class Experiment(Section):
@@ -301,6 +49,7 @@ class Experiment(Section):
     fusion: FusionSettings = FusionSettings()
     distillation: DistillationSettings = DistillationSettings()
     teachers: TeacherSettings = TeacherSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     finetune: StageSettings = StageSettings()
     metatrain: MetatrainSettings = MetatrainSettings()
     oracle: BankSettings = BankSettings()
@@ -308,6 +57,8 @@ class Experiment(Section):
     variants: Distinct[Variant] = ("tagi",)
     """Hypernetworks to train: the method, or with fusion off, or with the bank zeroed."""
     resources: ResourceSettings = ResourceSettings()
+    loggers: tuple[Logger, ...] = ()
+    """Where the metrics go besides metrics.jsonl; each takes its own environment variables."""
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @field_validator("name")
@@ -330,6 +81,7 @@ class Experiment(Section):
             if stage.groups % (stage.micro_groups * self.resources.workers)
         ]
         problems += [*self._unfit_optimizers(), *self._unread()]
+        problems += self._unfit_offloading()
         needs_oracle = "teacher" in self.evaluation.systems
         if needs_oracle and self.data.oracle_instances == 0:
             problems.append(
@@ -351,6 +103,16 @@ class Experiment(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _unfit_offloading(self) -> Iterator[str]:
+        resources = self.resources
+        needed = {"offload_optimizer": 1, "offload_parameters": 3}
+        for field, stage in needed.items():
+            if getattr(resources, field) and resources.zero_stage < stage:
+                yield (
+                    f"resources.{field}=true needs resources.zero_stage={stage} or more, not"
+                    f" {resources.zero_stage}: only what is sharded can be offloaded"
+                )
 
     def _unfit_optimizers(self) -> Iterator[str]:
         zero = self.resources.zero_stage
@@ -389,6 +151,7 @@ class Experiment(Section):
         """Training stages by the name of their section."""
         return {
             "teachers": self.teachers,
+            "pretrain": self.pretrain,
             "finetune": self.finetune,
             "metatrain": self.metatrain,
             "oracle": self.oracle,

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from tagi_ray.backbone import EncodedInstruction
 from tagi_ray.batches import text_batch
-from tagi_ray.config import Experiment, System
+from tagi_ray.config import Experiment
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.export import stack_adapters
 from tagi_ray.groups import Part, TextGroup
@@ -31,6 +31,7 @@ from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank
 from tagi_ray.metrics import METRICS, Prediction, aggregate, exact_match, rouge_l
 from tagi_ray.model import TagiModel, build_model
+from tagi_ray.sections import System
 from tagi_ray.shards import ShardTask, read_manifest, read_tasks_of
 from tagi_ray.systems import KNOWN_SYSTEMS, SystemPlan, Weights, instruction_sources
 from tagi_ray.tasks import Task

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tagi_ray.backbone import EncodedInstruction
-from tagi_ray.config import LoraSettings
 from tagi_ray.errors import AdapterError
 from tagi_ray.lora import LoraBank, Site
+from tagi_ray.sections import LoraSettings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from tagi_ray.backbone import EncodedInstruction
-from tagi_ray.config import FusionSettings
+from tagi_ray.sections import FusionSettings
 
 
 class Fusion(nn.Module):

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tagi_ray.config import DataSettings
 from tagi_ray.prompts import PromptKind, render_input, render_instruction
+from tagi_ray.sections import DataSettings
 from tagi_ray.tasks import PositiveExample
 from tagi_ray.vocabulary import TOKENIZER, TextTokenizer
 

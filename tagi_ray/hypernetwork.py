@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tagi_ray.backbone import EncodedInstruction
-from tagi_ray.config import HypernetworkSettings, LoraSettings
 from tagi_ray.lora import LoraBank, Site, common_start
+from tagi_ray.sections import HypernetworkSettings, LoraSettings
 
 
 class Block(nn.Module):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tagi_ray import errors, history
-from tagi_ray.config import Experiment, ResourceSettings
+from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, TagiError, TrainingError
 from tagi_ray.report import read_records
+from tagi_ray.sections import ResourceSettings
 from tagi_ray.stages import StageSpec, fingerprint
 from tagi_ray.zero import sum_over_ranks
 

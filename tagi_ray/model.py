@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from tagi_ray.backbone import Backbone, EncodedInstruction, load_backbone
-from tagi_ray.config import Experiment, FusionSettings, Variant
+from tagi_ray.config import Experiment
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import LoraBank
+from tagi_ray.sections import FusionSettings, Variant
 
 
 class TagiModel(nn.Module):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tagi_ray.batches import Batch
-from tagi_ray.config import DistillationSettings
 from tagi_ray.groups import Part
 from tagi_ray.lora import LoraBank
 from tagi_ray.losses import alignment, cross_entropy, distillation_kl, valid_tokens
 from tagi_ray.model import TagiModel
+from tagi_ray.sections import DistillationSettings
 
 Totals = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tagi_ray.config import OptimizerSettings
+from tagi_ray.sections import OptimizerSettings
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

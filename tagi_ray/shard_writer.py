@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
+from tagi_ray.sections import DataSettings
 from tagi_ray.shards import (
     BUCKET,
     BUCKETS_PER_ROW_GROUP,

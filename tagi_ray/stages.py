@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from tagi_ray import objectives
-from tagi_ray.config import Experiment, StageSettings, Variant
+from tagi_ray.config import Experiment
 from tagi_ray.errors import AdapterError
 from tagi_ray.lora import LoraBank, Site, common_start
 from tagi_ray.model import build_model
 from tagi_ray.objectives import Objective
 from tagi_ray.order import OrderPlan
+from tagi_ray.sections import StageSettings, Variant
 from tagi_ray.shards import read_manifest
 from tagi_ray.teachers import FOLDERS, INDEX, read_teachers, teacher_slots
 from tagi_ray.zero import BankEngine, Engine, ZeroEngine

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tagi_ray.config import System, Variant
 from tagi_ray.errors import DataError
+from tagi_ray.sections import System, Variant
 from tagi_ray.tasks import Task
 
 Weights = Literal["metatrain"] | Variant

@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
 from tagi_ray.json_files import (
     Record,
@@ -25,6 +24,7 @@ from tagi_ray.json_files import (
     read_json_file,
     refuse,
 )
+from tagi_ray.sections import DataSettings
 from tagi_ray.tasks import Instance, PositiveExample, Task, check_name, listed_names
 
 logger = logging.getLogger(__name__)
@@ -245,13 +245,11 @@ class _Found:
 
 def _record_tasks(files: Sequence[Records], settings: DataSettings) -> Iterator[RecordTask]:
     identify: Callable[[Record, str], tuple[str, str, str]] | None = None
-    if settings.source != "hub":
-        identify = _alpaca_identity if settings.source == "alpaca" else _jsonl_identity
     tasks: dict[str, _Found] = {}
     for number, records in enumerate(files):
         for place, where, record in records.scan():
             if identify is None:
-                # The columns of a hub dataset say which of the two formats it is in.
+                # The columns say which of the two formats it is in.
                 identify = _jsonl_identity if "task" in record else _alpaca_identity
             name, category, definition = identify(record, where)
             _example(record, where)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
+from tagi_ray.sections import DataSettings
 
 logger = logging.getLogger(__name__)
 

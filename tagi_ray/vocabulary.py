@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tagi_ray.config import BackboneSettings
 from tagi_ray.errors import ConfigError, DataError
+from tagi_ray.sections import BackboneSettings
 
 TOKENIZER = "tokenizer.json"
 SPECIAL = "special.json"

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tagi_ray.batches import Batch
-from tagi_ray.config import StageSettings
 from tagi_ray.errors import CheckpointError
 from tagi_ray.lora import LoraBank
 from tagi_ray.objectives import LossParts, Objective, Totals
 from tagi_ray.optim import SlotAdamW, build_optimizer, clip_gradients, rate_factor
+from tagi_ray.sections import StageSettings
 
 State = dict[str, Tensor]
 

@@ -7,11 +7,11 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tagi_ray.backbone import Backbone
 from tagi_ray.batches import Batch
-from tagi_ray.config import FusionSettings, HypernetworkSettings, LoraSettings
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import LoraBank, Site
 from tagi_ray.model import TagiModel
+from tagi_ray.sections import FusionSettings, HypernetworkSettings, LoraSettings
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 96

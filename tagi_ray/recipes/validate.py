@@ -11,9 +11,10 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tagi_ray.config import Experiment
@@ -173,10 +174,9 @@ def _place_of_mention(problem: str, places: dict[Keys, str]) -> str | None:
 def _fields(keys: Keys) -> list[str]:
     section: type[BaseModel] = Experiment
     for key in keys:
-        annotation = section.model_fields[str(key)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+        below = _section_of(section.model_fields[str(key)])
+        assert below is not None
+        section = below
     return list(section.model_fields)
 
 
@@ -195,5 +195,13 @@ def _unknown(keys: Keys) -> str:
 def _all_fields(section: type[BaseModel]) -> Iterator[str]:
     for name, info in section.model_fields.items():
         yield name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from (f"{name}.{below}" for below in _all_fields(info.annotation))
+        if below := _section_of(info):
+            yield from (f"{name}.{field}" for field in _all_fields(below))
+
+
+def _section_of(info: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that a field holds, be it always or at times; None for other fields."""
+    for kind in (info.annotation, *get_args(info.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from tagi_ray import objectives
 from tagi_ray.batches import Batch
-from tagi_ray.config import DistillationSettings, StageSettings
 from tagi_ray.model import TagiModel
+from tagi_ray.sections import DistillationSettings, StageSettings
 from tagi_ray.zero import ZeroEngine
 from tests.models import fill, random_batch, random_model
 

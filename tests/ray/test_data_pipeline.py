@@ -7,8 +7,8 @@ import torch
 
 from tagi_ray import batches
 from tagi_ray.batches import iterate_batches, local_batches
-from tagi_ray.config import BackboneSettings, DataSettings
 from tagi_ray.order import OrderPlan
+from tagi_ray.sections import BackboneSettings, DataSettings
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import read_manifest
 from tagi_ray.vocabulary import prepare_tokenizer

@@ -6,19 +6,19 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save_file
 
-from tagi_ray.config import (
-    ArchitectureSettings,
-    BackboneSettings,
-    DataSettings,
-    EvaluationSettings,
-    Experiment,
-    HypernetworkSettings,
-    LoraSettings,
-)
+from tagi_ray.config import Experiment
 from tagi_ray.evaluate import Evaluator, evaluate, plan_jobs
 from tagi_ray.metrics import aggregate
 from tagi_ray.model import build_model
 from tagi_ray.report import write_report
+from tagi_ray.sections import (
+    ArchitectureSettings,
+    BackboneSettings,
+    DataSettings,
+    EvaluationSettings,
+    HypernetworkSettings,
+    LoraSettings,
+)
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import read_tasks_of
 from tagi_ray.vocabulary import prepare_tokenizer

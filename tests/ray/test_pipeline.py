@@ -13,13 +13,13 @@ from transformers import T5ForConditionalGeneration
 
 from tagi_ray import recipes
 from tagi_ray.batches import text_batch
-from tagi_ray.config import SYSTEMS
 from tagi_ray.evaluate import load_weights
 from tagi_ray.export import read_adapter, read_instruction
 from tagi_ray.groups import TextGroup
 from tagi_ray.model import build_model
 from tagi_ray.pipeline import trained_weights
 from tagi_ray.report import read_records
+from tagi_ray.sections import SYSTEMS
 from tagi_ray.shards import read_tasks_of
 from tagi_ray.vocabulary import TextTokenizer
 

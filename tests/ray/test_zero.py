@@ -15,10 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tagi_ray.config import StageSettings
 from tagi_ray.lora import LoraBank
 from tagi_ray.objectives import LossParts, Objective
 from tagi_ray.optim import build_optimizer, clip_gradients, rate_factor
+from tagi_ray.sections import StageSettings
 from tagi_ray.zero import (
     BankEngine,
     Engine,

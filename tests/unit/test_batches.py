@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tagi_ray.batches import Batch, local_batches, text_batch
-from tagi_ray.config import BackboneSettings, DataSettings
 from tagi_ray.groups import TextGroup, definition_choice, fetch, reference_choice
 from tagi_ray.order import OrderPlan
 from tagi_ray.prompts import render_input, render_instruction
+from tagi_ray.sections import BackboneSettings, DataSettings
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import read_manifest, read_tasks_of
 from tagi_ray.tasks import PositiveExample

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from tagi_ray import errors
-from tagi_ray.config import DataSettings, Experiment
+from tagi_ray.config import Experiment
+from tagi_ray.sections import DataSettings
 
 
 def experiment(**changes) -> Experiment:
@@ -79,7 +80,7 @@ def test_errors_survive_pickling(error, code):
         ({"teachers": {"optimizer": {"name": "adafactor"}}}, r"teachers\.optimizer.*adamw alone"),
         ({"oracle": {"optimizer": {"name": "adafactor"}}}, r"oracle\.optimizer.*adamw alone"),
         ({"hypernetwork": {"width": 30, "heads": 4}}, "width=30 is not a multiple"),
-        ({"resources": {"zero_stage": 3}}, "0, 1 or 2"),
+        ({"resources": {"zero_stage": 4}}, "0, 1, 2 or 3"),
         (
             {"resources": {"zero_stage": 1}, "finetune": {"optimizer": {"name": "adafactor"}}},
             r"finetune\.optimizer\.name=adafactor needs resources\.zero_stage=0, not 1",

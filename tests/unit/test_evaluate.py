@@ -16,16 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tagi_ray.backbone import Backbone
-from tagi_ray.config import (
-    BankSettings,
-    DataSettings,
-    EvaluationSettings,
-    Experiment,
-    FusionSettings,
-    HypernetworkSettings,
-    LoraSettings,
-    System,
-)
+from tagi_ray.config import Experiment
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.evaluate import (
     Scorer,
@@ -41,6 +32,15 @@ from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import LoraBank
 from tagi_ray.metrics import Prediction, aggregate
 from tagi_ray.model import TagiModel
+from tagi_ray.sections import (
+    BankSettings,
+    DataSettings,
+    EvaluationSettings,
+    FusionSettings,
+    HypernetworkSettings,
+    LoraSettings,
+    System,
+)
 from tagi_ray.shards import ShardTask
 from tagi_ray.systems import KNOWN_SYSTEMS, instruction_sources
 from tagi_ray.tasks import Instance, PositiveExample, Task

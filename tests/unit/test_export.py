@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tagi_ray.backbone import Backbone, EncodedInstruction
-from tagi_ray.config import LoraSettings
 from tagi_ray.errors import AdapterError
 from tagi_ray.export import (
     adapter_readme,
@@ -20,6 +19,7 @@ from tagi_ray.export import (
     write_adapter,
 )
 from tagi_ray.lora import LoraBank
+from tagi_ray.sections import LoraSettings
 
 LORA = LoraSettings(rank=3, alpha=6.0, targets=("q", "v"))
 BASE = "some/base"

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tagi_ray.backbone import EncodedInstruction
-from tagi_ray.config import FusionSettings, HypernetworkSettings, LoraSettings
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import common_start
+from tagi_ray.sections import FusionSettings, HypernetworkSettings, LoraSettings
 from tests.models import random_backbone, random_batch, random_model
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tagi_ray import objectives
-from tagi_ray.config import DistillationSettings
 from tagi_ray.losses import alignment, cross_entropy, distillation_kl
+from tagi_ray.sections import DistillationSettings
 from tests.models import fill, random_batch, random_model
 
 

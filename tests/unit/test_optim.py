@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tagi_ray.config import OptimizerSettings
 from tagi_ray.optim import SlotAdamW, build_optimizer, clip_gradients, rate_factor
+from tagi_ray.sections import OptimizerSettings
 
 SHAPES = {"q.a": (4, 6), "q.b": (5, 4), "v.a": (4, 3)}
 

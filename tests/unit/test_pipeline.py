@@ -41,7 +41,7 @@ def test_relative_paths_become_absolute_for_workers_that_start_elsewhere(
     (tmp_path / "tasks").mkdir()
     # A folder of that name is not what the keyword means.
     (tmp_path / "demo").mkdir()
-    given = changed(on_t5, "data", source="jsonl", path="tasks", test_tasks=("a",))
+    given = changed(on_t5, "data", source="records", path="tasks", test_tasks=("a",))
     experiment, run = open_run(given)
     assert experiment.backbone.path == str(tmp_path / "t5")
     assert experiment.backbone.tokenizer == "demo"

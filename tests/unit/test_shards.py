@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 import pytest
 
-from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
+from tagi_ray.sections import DataSettings
 from tagi_ray.shard_writer import cut_buckets, list_sources, write_shards
 from tagi_ray.shards import SPLITS, read_manifest, read_tasks_of
 from tagi_ray.tasks import Instance, PositiveExample, Task, instance_hash
@@ -32,7 +32,7 @@ def write_jsonl(path, counts: dict[str, int], text=lambda task, i: f"{task} {i}"
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return DataSettings(
-        source="jsonl", path=str(path), test_tasks=("t",), valid_fraction=0.0,
+        source="records", path=str(path), test_tasks=("t",), valid_fraction=0.0,
         train_instances=100, test_instances=10, oracle_instances=20,
     )  # fmt: skip
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
 from tagi_ray.json_files import read_json_lines
+from tagi_ray.sections import DataSettings
 from tagi_ray.task_files import read_tasks
 from tagi_ray.tasks import Instance, PositiveExample
 
@@ -135,7 +135,7 @@ def test_jsonl_interleaved_tasks_with_paraphrases(tmp_path):
         {"task": "b", "instruction": "Go.", "input": "é", "outputs": ["y", "z"], "category": "c"},
         {"task": "a", "instruction": "Do it.", "input": "2", "output": "w"},
     )
-    a, b = reading("jsonl", path)
+    a, b = reading("records", path)
     assert a.task.definitions == ("Do.", "Do it.")
     assert b.task.category == "c"
     assert list(a.instances()) == [Instance("a-1", "1", ("x",)), Instance("a-2", "2", ("w",))]
@@ -168,17 +168,16 @@ GOOD = {"task": "a", "instruction": "Do.", "input": "1", "output": "x"}
 def test_jsonl_faults_name_file_and_line(tmp_path, line, message):
     path = write_lines(tmp_path / "tasks.jsonl", GOOD, "", line)
     with pytest.raises(DataError, match=rf"tasks\.jsonl:3: .*{message}|tasks\.jsonl:3: {message}"):
-        reading("jsonl", path)
+        reading("records", path)
 
 
-@pytest.mark.parametrize(("source", "name"), [("jsonl", "empty.jsonl"), ("alpaca", "empty.jsonl")])
-def test_empty_file(tmp_path, source, name):
-    (tmp_path / name).write_text("\n")
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no records"):
-        reading(source, tmp_path / name)
+        reading("records", tmp_path / "empty.jsonl")
 
 
-@pytest.mark.parametrize("source", ["sni", "jsonl"])
+@pytest.mark.parametrize("source", ["sni", "records"])
 def test_absent_path(tmp_path, source):
     with pytest.raises(DataError, match="no such file or folder"):
         reading(source, tmp_path / "nothing")
@@ -196,7 +195,7 @@ def test_alpaca_each_instruction_is_a_task(tmp_path, suffix):
         path.write_text(json.dumps(records))
     else:
         write_lines(path, *records)
-    one, add = reading("alpaca", path)
+    one, add = reading("records", path)
     assert one.task.name.startswith("alpaca_")
     assert add.task.definitions == ("Add.",)
     assert [instance.input for instance in add.instances()] == ["1 2", "2 2"]

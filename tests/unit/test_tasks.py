@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from tagi_ray.config import DataSettings
 from tagi_ray.errors import DataError
+from tagi_ray.sections import DataSettings
 from tagi_ray.tasks import Task, check_name, instance_hash, split_tasks
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tagi_ray.config import DataSettings, Experiment, LoraSettings
+from tagi_ray.config import Experiment
 from tagi_ray.errors import AdapterError, DataError
+from tagi_ray.sections import DataSettings, LoraSettings
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import Manifest, read_manifest
 from tagi_ray.tasks import check_name

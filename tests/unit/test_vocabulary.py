@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from tagi_ray.config import BackboneSettings, DataSettings
 from tagi_ray.errors import ConfigError, DataError
+from tagi_ray.sections import BackboneSettings, DataSettings
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.vocabulary import TextTokenizer, prepare_tokenizer
 
