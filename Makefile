@@ -34,5 +34,7 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# One of the list that `jobs/benchmark.py --help` gives.
+BENCHMARK ?= train_step
 bench: setup
-	$(BIN)/python jobs/benchmark.py train_step
+	$(BIN)/python jobs/benchmark.py $(BENCHMARK)

@@ -7,12 +7,12 @@ ray job submit --working-dir . -- python jobs/evaluate.py demo storage=/mnt/shar
 from tagi_ray import recipes
 
 
-def main() -> None:
+def main() -> str:
     experiment, _ = recipes.from_command_line(__doc__)
 
     from tagi_ray import pipeline  # after the checks: it imports Ray
 
-    print(f"Scores: {pipeline.evaluate(experiment)}")
+    return f"report in {pipeline.evaluate(experiment)}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", help="folder of the adapters (in the run's, if not given)")
 
 
-def main() -> None:
+def main() -> str:
     experiment, given = recipes.from_command_line(__doc__, extra=options)
     if not (given.instruction or given.path):
         raise ConfigError(["command line: give --instruction TEXT or --path FILE"])
@@ -27,7 +27,7 @@ def main() -> None:
     result = pipeline.generate(
         experiment, instruction=given.instruction, path=given.path, output=given.output
     )
-    print(f"Adapter: {result}")
+    return f"adapters in {result}"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ ray job submit --working-dir . -- python jobs/prepare_data.py demo storage=/mnt/
 from tagi_ray import recipes
 
 
-def main() -> None:
+def main() -> str:
     experiment, _ = recipes.from_command_line(__doc__)
 
     from tagi_ray import pipeline  # after the checks: it imports Ray
 
-    print(f"Shards: {pipeline.prepare_data(experiment)}")
+    return f"shards in {pipeline.prepare_data(experiment)}"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ ray job submit --working-dir . -- python jobs/train_teachers.py demo storage=/mn
 from tagi_ray import recipes
 
 
-def main() -> None:
+def main() -> str:
     experiment, _ = recipes.from_command_line(__doc__)
 
     from tagi_ray import pipeline  # after the checks: it imports Ray
 
-    print(f"Teachers: {pipeline.train_teachers(experiment)}")
+    return f"teachers in {pipeline.train_teachers(experiment)}"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tagi_ray.architecture import pretrained_model, random_model
 from tagi_ray.errors import ConfigError
 from tagi_ray.lora import Binding, LoraBank, Site, bound, inject
-from tagi_ray.sections import ArchitectureSettings, BackboneSettings, LoraSettings
+from tagi_ray.sections import BackboneSettings, LoraSettings
 from tagi_ray.vocabulary import TextTokenizer
-
-DEMO = Path(__file__).parent / "demo_backbone"
-FAMILIES = ("t5", "mt5", "umt5", "longt5")
-"""Model types that the interface below fits."""
-
-logger = logging.getLogger(__name__)
 
 
 class EncodedInstruction(NamedTuple):
@@ -68,6 +60,10 @@ class Backbone(nn.Module):
         self.model.activation_checkpointing_enable({"use_reentrant": False})
         self._recompute(True)
 
+    @property
+    def _recomputes(self) -> bool:
+        return self.model.decoder.block[0].training
+
     def _recompute(self, switch: bool) -> None:
         for block in (*self.model.encoder.block, *self.model.decoder.block):
             block.training = switch  # the block's own flag switches recomputation, nothing else
@@ -105,12 +101,13 @@ class Backbone(nn.Module):
         instruction: EncodedInstruction | None = None,
     ) -> Tensor:
         """Return logits [K, N, T, V] under teacher forcing; targets are -100 where padded."""
-        memory, mask = self._memory(input_ids_KNS, input_mask_KNS, instruction)
+        memory = self._memory(input_ids_KNS, input_mask_KNS, instruction)
         targets = target_ids_KNT.flatten(0, 1)
         decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels=targets)
         output = self.model(
-            encoder_outputs=(memory,),
-            attention_mask=mask,
+            encoder_outputs=(memory.states,),
+            attention_mask=memory.mask,
+            past_key_values=memory.cache,
             decoder_input_ids=decoder_ids,
             use_cache=False,
         )
@@ -127,13 +124,14 @@ class Backbone(nn.Module):
         """Return greedily decoded ids [K, N, T], padded after the end of each."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        memory, mask = self._memory(input_ids_KNS, input_mask_KNS, instruction)
-        recomputes = self.model.decoder.block[0].training
+        recomputes = self._recomputes
         self._recompute(False)  # a block that recomputes drops the cache of earlier tokens
         try:
+            memory = self._memory(input_ids_KNS, input_mask_KNS, instruction)
             ids = self.model.generate(
-                encoder_outputs=BaseModelOutput(last_hidden_state=memory),  # pyright: ignore[reportArgumentType]
-                attention_mask=mask,
+                encoder_outputs=BaseModelOutput(last_hidden_state=memory.states),  # pyright: ignore[reportArgumentType]
+                attention_mask=memory.mask,
+                past_key_values=memory.cache,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -147,16 +145,59 @@ class Backbone(nn.Module):
 
     def _memory(
         self, ids_KNS: Tensor, mask_KNS: Tensor, instruction: EncodedInstruction | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the decoder's memory [K*N, I + S, D] and its mask, the instruction first."""
+    ) -> _Memory:
+        """Return the memory [K*N, I + S, D] that the decoder attends to, the instruction first."""
         ids, mask = ids_KNS.flatten(0, 1), mask_KNS.flatten(0, 1)
         states = self._encoder_states(ids, mask)
         if instruction is None:
-            return states, mask.long()
-        instances = ids_KNS.shape[1]
-        prefix = instruction.states_KID.to(states.dtype).repeat_interleave(instances, dim=0)
-        prefix_mask = instruction.mask_KI.repeat_interleave(instances, dim=0)
-        return torch.cat([prefix, states], 1), torch.cat([prefix_mask, mask], 1).long()
+            return _Memory(states, mask.long())
+        prefix = instruction.states_KID.to(states.dtype)
+        mask = _before_each_row(instruction.mask_KI, mask).long()
+        if self._recomputes:  # a block that recomputes is given no cache
+            return _Memory(_before_each_row(prefix, states), mask)
+        return _Memory(
+            states.new_zeros(()).expand(*mask.shape, self.width), mask, self._cached(prefix, states)
+        )
+
+    def _cached(self, prefix_KID: Tensor, states: Tensor) -> Any:
+        """Return the keys and values of the memory in each decoder block, as a cache holds them.
+
+        Those of an instruction are computed once for its task, not for each of its N rows. states:
+        [K*N, S, D].
+        """
+        from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+        memory = DynamicCache()
+        for block in self.model.decoder.block:
+            attention, layer = block.layer[1].EncDecAttention, DynamicLayer()
+            keys, values = (
+                _before_each_row(project(prefix_KID), project(states))
+                .unflatten(2, (-1, attention.key_value_proj_dim))
+                .transpose(1, 2)
+                for project in (attention.k, attention.v)
+            )
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # `update` would copy them
+            memory.layers.append(layer)
+        return EncoderDecoderCache(DynamicCache(), memory)
+
+
+class _Memory(NamedTuple):
+    """What the decoder attends to."""
+
+    states: Tensor
+    """[K*N, I + S, D]; with a cache a stand-in that has their shape alone."""
+    mask: Tensor
+    """[K*N, I + S], 1 at tokens."""
+    cache: Any = None
+    """Keys and values of the states, where they are known already."""
+
+
+def _before_each_row(prefix_KI: Tensor, rows: Tensor) -> Tensor:
+    """Join [K, I, ...] to each of its task's rows [K*N, S, ...]: [K*N, I + S, ...]."""
+    rows_KN = rows.unflatten(0, (prefix_KI.shape[0], -1))
+    prefix_KN = prefix_KI.unsqueeze(1).expand(-1, rows_KN.shape[1], *prefix_KI.shape[1:])
+    return torch.cat([prefix_KN, rows_KN], 2).flatten(0, 1)
 
 
 def load_backbone(
@@ -169,11 +210,11 @@ def load_backbone(
     """
     tokenizer = TextTokenizer(tokenizer_folder)
     model = (
-        _random_model(settings, tokenizer, seed)
+        random_model(settings, tokenizer, seed)
         if settings.path == "random"
-        else _pretrained_model(settings)
+        else pretrained_model(settings)
     )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings  # sharded weights have no shape
     if tokenizer.size > rows:
         raise ConfigError([
             f"backbone.tokenizer has {tokenizer.size} entries, the backbone {settings.path}"
@@ -183,90 +224,3 @@ def load_backbone(
     if settings.activation_checkpointing:
         backbone.checkpoint_activations()
     return backbone
-
-
-def identify(settings: BackboneSettings) -> str:
-    """Say which weights the settings name: a hash of local files, or a commit of the hub.
-
-    Loads no weights. Raises ConfigError for what is no model of the T5 family.
-    """
-    if settings.path == "random":
-        return "random"
-    config, folder = _pretrained_config(settings), Path(_source(settings))
-    if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None) or settings.revision or "main"
-        return f"{settings.path}@{commit}"
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError([f"backbone.path={settings.path} holds no .safetensors file"])
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _source(settings: BackboneSettings) -> str:
-    return str(DEMO) if settings.path == "demo" else settings.path
-
-
-def _pretrained_config(settings: BackboneSettings) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(_source(settings), revision=settings.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError([f"backbone.path={settings.path} cannot be loaded: {reason}"]) from error
-    if config.model_type not in FAMILIES:
-        raise ConfigError([
-            f"backbone.path={settings.path} is a model of type {config.model_type}: name an"
-            f" encoder-decoder model of the T5 family ({', '.join(FAMILIES)})"
-        ])  # fmt: skip
-    return config
-
-
-def _pretrained_model(settings: BackboneSettings) -> Any:
-    from transformers import AutoModelForSeq2SeqLM
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # in a log its bars are noise
-    config = _pretrained_config(settings)
-    try:
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            _source(settings),
-            config=config,
-            revision=settings.revision,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"backbone.path={settings.path} cannot be loaded: {error}"]) from error
-
-
-def _random_model(settings: BackboneSettings, tokenizer: TextTokenizer, seed: int) -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    shape = settings.architecture or ArchitectureSettings()
-    config = T5Config(
-        vocab_size=shape.vocabulary or -(-tokenizer.size // 64) * 64,
-        d_model=shape.d_model,
-        d_ff=shape.d_ff,
-        d_kv=shape.d_kv,
-        num_heads=shape.heads,
-        num_layers=shape.layers,
-        feed_forward_proj=shape.feed_forward,
-        dropout_rate=0.0,
-        pad_token_id=tokenizer.pad_id,
-        eos_token_id=tokenizer.eos_id,
-        tie_word_embeddings=shape.tied_embeddings,  # pyright: ignore[reportCallIssue] # no field
-    )
-    config.decoder_start_token_id = tokenizer.start_id
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = T5ForConditionalGeneration(config)
-        if not shape.tied_embeddings:
-            # The class ties the output layer whatever it is told; files with both come untied.
-            model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
-        return model.to(getattr(torch, settings.dtype))

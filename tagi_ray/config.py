@@ -81,7 +81,7 @@ class Experiment(Section):
             if stage.groups % (stage.micro_groups * self.resources.workers)
         ]
         problems += [*self._unfit_optimizers(), *self._unread()]
-        problems += self._unfit_offloading()
+        problems += [*self._unfit_offloading(), *self._unfit_pretraining()]
         needs_oracle = "teacher" in self.evaluation.systems
         if needs_oracle and self.data.oracle_instances == 0:
             problems.append(
@@ -113,6 +113,22 @@ class Experiment(Section):
                     f"resources.{field}=true needs resources.zero_stage={stage} or more, not"
                     f" {resources.zero_stage}: only what is sharded can be offloaded"
                 )
+
+    def _unfit_pretraining(self) -> Iterator[str]:
+        settings = self.pretrain
+        if settings.enabled and settings.path is None:
+            yield (
+                "pretrain.enabled=true reads raw text, and pretrain.path is not set: give"
+                " pretrain.path=PATH, a file or folder of texts or the id of a hub dataset"
+            )
+        if settings.instances != 1:
+            yield (
+                f"pretrain.instances={settings.instances}: a group of pretraining is one text: set"
+                " pretrain.instances=1, and in pretrain.groups the texts of a step"
+            )
+        scheme, is_url, _ = str(settings.path).partition("://")
+        if is_url and scheme not in ("s3", "gs"):
+            yield f"pretrain.path={settings.path}: only local paths, s3:// and gs:// are read"
 
     def _unfit_optimizers(self) -> Iterator[str]:
         zero = self.resources.zero_stage

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tagi_ray.backbone import DEMO
+from tagi_ray import recipes
+from tagi_ray.architecture import DEMO
+from tagi_ray.cluster import connect
 from tagi_ray.config import Experiment
 from tagi_ray.evaluate import load_weights
-from tagi_ray.launch import connect, fit
+from tagi_ray.launch import fit
 from tagi_ray.model import build_model
 from tagi_ray.pipeline import open_run, prepare_data, trained_weights
 from tagi_ray.prompts import render_input, render_instruction
@@ -42,13 +44,16 @@ def word_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def train_demo_backbone(experiment: Experiment, say: Callable[[str], None] = print) -> Path:
-    """Train the backbone as the recipe says, and write it to the package."""
+def train_demo_backbone(
+    experiment: Experiment, output: str | None = None, say: Callable[[str], None] = print
+) -> Path:
+    """Train the backbone as the recipe says, and write it to a folder, or else to the package."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    DEMO.mkdir(exist_ok=True)
-    word_tokenizer().save(str(DEMO / TOKENIZER))
+    folder = recipes.lasting("--output", output or DEMO)
+    folder.mkdir(parents=True, exist_ok=True)
+    word_tokenizer().save(str(folder / TOKENIZER))
     experiment, run = open_run(experiment)
     shards = prepare_data(experiment, say)
     connect(experiment)
@@ -57,13 +62,13 @@ def train_demo_backbone(experiment: Experiment, say: Callable[[str], None] = pri
     fit(StageSpec(experiment, "metatrain", run, seed, learning_rate=rate), say)
     model = build_model(experiment, run / "tokenizer", "metatrain", seed)
     load_weights(model, trained_weights(experiment, run, "metatrain", seed))
-    model.backbone.model.save_pretrained(DEMO)
-    for path in DEMO.glob("*.safetensors"):
+    model.backbone.model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # whoever installs the package reads it, whatever the umask here
     seen = {
         "recipe": experiment.name,
         "fingerprint": read_manifest(shards).fingerprint,
         "tasks": sorted(read_manifest(shards).names("train")),
     }
-    (DEMO / "tasks.json").write_text(json.dumps(seen, indent=1) + "\n", "utf-8")
-    return DEMO
+    (folder / "tasks.json").write_text(json.dumps(seen, indent=1) + "\n", "utf-8")
+    return folder

@@ -58,17 +58,22 @@ def _record_task(record: Mapping[str, Any], where: str) -> Task:
     name, instruction = record.get("task"), record["instruction"]
     if not isinstance(instruction, str) or not isinstance(name, str | None):
         raise DataError(f"{where}: instruction and task must be strings")
-    task = instructed_task(instruction, None if name is None else check_name(name, where))
-    try:
-        examples = tuple(
-            PositiveExample(str(one["input"]), str(one["output"]))
-            for one in record.get("positive_examples", ())
-        )
-    except (TypeError, KeyError) as error:
+    if not instruction.strip():
         raise DataError(
-            f'{where}: positive_examples must be a list of {{"input", "output"}}'
-        ) from error
-    return Task(task.name, "", task.definitions, examples)
+            f"{where}: the instruction is empty: describe the task in a sentence or more"
+        )
+    task = instructed_task(instruction, None if name is None else check_name(name, where))
+    examples = record.get("positive_examples", [])
+    if not isinstance(examples, list) or not all(_is_example(one) for one in examples):
+        raise DataError(f'{where}: positive_examples must be a list of {{"input", "output"}} texts')
+    pairs = tuple(PositiveExample(one["input"], one["output"]) for one in examples)
+    return Task(task.name, "", task.definitions, pairs)
+
+
+def _is_example(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), str) for name in ("input", "output")
+    )
 
 
 def generate_adapters(

@@ -24,10 +24,13 @@ from tagi_ray.sections import DataSettings
 from tagi_ray.tasks import PositiveExample
 from tagi_ray.vocabulary import TOKENIZER, TextTokenizer
 
-Part = Literal["instruction", "input", "prompt"]
+Part = Literal["instruction", "input", "prompt", "text"]
+"""`text`: the input alone, divided into instruction, input and target."""
 
 CACHE_BYTES = 128 << 20
 """Decoded row groups that a process keeps."""
+SHORTEST_TEXT = 4
+"""Tokens of a text that can be divided."""
 MEMO = 4096
 """Rendered and tokenised instructions that a process keeps."""
 
@@ -60,6 +63,8 @@ class TextGroup:
     targets: tuple[str, ...]
     slot: int = -1
     position: int = 0
+    draws: tuple[str, ...] = ()
+    """For each instance, what decides how it is divided in this epoch."""
 
 
 def prepare(
@@ -137,7 +142,8 @@ def _text_group(ref: dict[str, Any], table: pa.Table, seed: int) -> TextGroup:
 
     task, definitions = one("task"), one("definitions")
     examples = zip(one("positive_inputs"), one("positive_outputs"), strict=True)
-    references = zip(chosen("ids"), chosen("outputs"), strict=True)
+    names = chosen("ids")
+    references = zip(names, chosen("outputs"), strict=True)
     return TextGroup(
         task=task,
         category=one("category"),
@@ -150,6 +156,7 @@ def _text_group(ref: dict[str, Any], table: pa.Table, seed: int) -> TextGroup:
         ),
         slot=ref["slot"],
         position=ref["position"],
+        draws=tuple(f"{seed}/{name}/{ref['epoch']}" for name in names),
     )
 
 
@@ -161,6 +168,16 @@ def definition_choice(seed: int, task: str, position: int, count: int) -> int:
 def reference_choice(seed: int, instance_id: str, epoch: int, count: int) -> int:
     """Return which of its references an instance is trained on in an epoch."""
     return _choice(f"{seed}/{instance_id}/{epoch}", count)
+
+
+def division(draw: str, count: int) -> tuple[int, int]:
+    """Return where a text of `count` tokens, 4 or more, is divided into x[:s1], x[s1:s2], x[s2:].
+
+    HINT's rule (method.md 2.3): s1 ~ U{1..n-3}, s2 ~ U{s1..n-3}. Its code draws both from one seed,
+    so that the second follows from the first; here they are independent.
+    """
+    first = 1 + _choice(f"{draw}/first", count - 3)
+    return first, first + _choice(f"{draw}/second", count - 2 - first)
 
 
 def _choice(key: str, count: int) -> int:
@@ -211,6 +228,10 @@ def tokenise(
         columns["input"] = grouped(*rows)
     if "prompt" in parts:
         columns["prompt"] = grouped(*_prompts(groups, tokenizer, settings))
+    if "text" in parts:
+        rows, cut = _divided(groups, tokenizer, settings.max_prompt_tokens)
+        columns |= rows
+        cut_K += np.asarray(cut, np.int32)
     return pa.table({**columns, "cut": cut_K}, schema=TOKENS)
 
 
@@ -250,6 +271,22 @@ def _prompts(
             )
             [rows[i]], [cut[i]] = tokenizer.encode_counted([shorter + text], limit)
     return rows, cut
+
+
+def _divided(
+    groups: Sequence[TextGroup], tokenizer: TextTokenizer, limit: int
+) -> tuple[dict[str, Any], list[bool]]:
+    """Divide each group's one text, cut to `limit` tokens; each piece ends with the end token."""
+    texts = [text for group in groups for text in group.inputs]
+    rows, cut = tokenizer.encode_counted(texts, limit + 1)
+    columns: dict[str, Any] = {"instruction": [], "input": [], "target": []}
+    for group, row in zip(groups, rows, strict=True):
+        ids, end = row[:-1], row[-1:]
+        first, second = division(group.draws[0], len(ids))
+        columns["instruction"].append(ids[:first] + end)
+        columns["input"].append([ids[first:second] + end])
+        columns["target"].append([ids[second:] + end])
+    return columns, cut
 
 
 @lru_cache(maxsize=MEMO)

@@ -43,6 +43,13 @@ class Progress:
         self.summed += 1
         self.cut_texts += cut_texts
 
+    def improved(self, valid: Mapping[str, float]) -> bool:
+        """Note a validation, if there was one; say whether it is the best so far."""
+        if not valid or (self.best and valid["valid_loss"] >= self.best["valid_loss"]):
+            return False
+        self.best = {"step": self.step, **valid}
+        return True
+
     def take(self) -> dict[str, float]:
         """Return the mean losses since the last call, and the number of cut texts if any were."""
         values = {name: total / self.summed for name, total in self.sums.items()}
@@ -91,9 +98,13 @@ def save(spec: StageSpec, identity: str, progress: Progress, state: Mapping[str,
     checkpoint.save(spec.checkpoints, progress.step, state, meta, best=best)
 
 
-def append(spec: StageSpec, values: Mapping[str, float]) -> None:
-    """Add a record of the stage."""
-    record = {**_names(spec), "steps": spec.settings.steps, **values}
+def record(spec: StageSpec, values: Mapping[str, float]) -> Record:
+    """Return a record of the metrics: which stage it tells of, and the values of a step."""
+    return {**_names(spec), "steps": spec.settings.steps, **values}
+
+
+def append(spec: StageSpec, record: Record) -> None:
+    """Add a record to the metrics of the run."""
     with (spec.run_folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -45,11 +45,20 @@ class Block(nn.Module):
 class FactoredHead(nn.Module):
     """Mix one side's factors of M sites with equal features from learned basis rows."""
 
+    start_MRD: Tensor | None
+
     def __init__(
-        self, sites: int, features: int, rank: int, settings: HypernetworkSettings
+        self,
+        sites: int,
+        features: int,
+        rank: int,
+        settings: HypernetworkSettings,
+        start_MRD: Tensor | None = None,
     ) -> None:
+        """start_MRD: what is added to the mixed rows."""
         super().__init__()
         self.rank = rank
+        self.register_buffer("start_MRD", start_MRD, persistent=False)
         self.mix = nn.Linear(settings.width, rank * settings.capacity)
         nn.init.zeros_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
@@ -60,7 +69,9 @@ class FactoredHead(nn.Module):
     def forward(self, queries_KMW: Tensor) -> Tensor:
         """Return rows [K, M, R, D]."""
         mix_KMRC = self.mix(queries_KMW).unflatten(-1, (self.rank, -1))
-        return torch.einsum("kmrc,mcd->kmrd", mix_KMRC, self.basis_MCD)
+        rows_KMRD = torch.einsum("kmrc,mcd->kmrd", mix_KMRC, self.basis_MCD)
+        # In place: the rows are the largest tensor that there is.
+        return rows_KMRD if self.start_MRD is None else rows_KMRD.add_(self.start_MRD)
 
 
 class Hypernetwork(nn.Module):
@@ -93,19 +104,18 @@ class Hypernetwork(nn.Module):
             [index for index, site in enumerate(sites) if (site.d_in, site.d_out) == shape]
             for shape in shapes
         ]
+        starts = common_start(sites, lora.rank, lora.start_seed)
         self.heads_a = nn.ModuleList(
-            FactoredHead(len(bucket), d_in, lora.rank, settings)
+            FactoredHead(
+                len(bucket), d_in, lora.rank, settings,
+                torch.stack([starts[sites[index].name] for index in bucket]),
+            )
             for bucket, (d_in, _) in zip(self._buckets, shapes, strict=True)
-        )
+        )  # fmt: skip
         self.heads_b = nn.ModuleList(
             FactoredHead(len(bucket), d_out, lora.rank, settings)
             for bucket, (_, d_out) in zip(self._buckets, shapes, strict=True)
         )
-        for index, (site, start) in enumerate(
-            common_start(sites, lora.rank, lora.start_seed).items()
-        ):
-            assert sites[index].name == site
-            self.register_buffer(f"start_{index}", start, persistent=False)
 
     def forward(self, encoded: EncodedInstruction) -> LoraBank:
         """encoded: states [K, I, D], mask [K, I] -> a bank of K slots."""
@@ -116,10 +126,10 @@ class Hypernetwork(nn.Module):
         for bucket, head_a, head_b in zip(self._buckets, self.heads_a, self.heads_b, strict=True):
             rows_a = head_a(hidden_K2MW[:, bucket])
             rows_b = head_b(hidden_K2MW[:, [count + index for index in bucket]])
-            for place, index in enumerate(bucket):
+            # `unbind`: each index would fill a gradient of all sites with zeros.
+            for index, a_KRD, b_KRD in zip(bucket, rows_a.unbind(1), rows_b.unbind(1), strict=True):
                 name = self.sites[index].name
-                a[name] = self.get_buffer(f"start_{index}") + rows_a[:, place]
-                b[name] = rows_b[:, place].transpose(1, 2)
+                a[name], b[name] = a_KRD, b_KRD.transpose(1, 2)
         return LoraBank(a, b, self.scaling)
 
     def _trunk_states(self, encoded: EncodedInstruction) -> Tensor:
@@ -128,7 +138,8 @@ class Hypernetwork(nn.Module):
         layer = self.layers(torch.tensor(self._layer_index, device=device))
         module = self.modules_(torch.tensor(self._module_index, device=device))
         sites_MW = layer + module
-        queries = torch.cat([sites_MW + side for side in self.sides.weight])
+        sides = self.sides(torch.arange(2, device=device))
+        queries = torch.cat([sites_MW + side for side in sides])
         queries = queries.expand(encoded.states_KID.shape[0], -1, -1)
         memory = self.read(encoded.states_KID.to(self.norm.weight.dtype))
         for block in self.trunk:

@@ -5,16 +5,50 @@ And text files of our own, written so that no crash leaves half of one.
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from tagi_ray.errors import DataError
+from tagi_ray.remote_files import opened, read_bytes
 
 MAX_LINE_BYTES = 8 << 20
+SHOWN_FAULTS = 5
 
 Record = Mapping[str, Any]
+
+
+class Faults:
+    """Refusals of the records of one file, to be told together."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._count = 0
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a DataError of the block, and go on."""
+        try:
+            yield
+        except DataError as error:
+            self._count += 1
+            if self._count <= SHOWN_FAULTS:
+                self._first.append(str(error))
+
+    def raise_any(self, where: str) -> None:
+        """Raise a DataError with the first refusals and their count, if there are any."""
+        if self._count == 1:
+            raise DataError(self._first[0])
+        if self._count:
+            some = f", the first {len(self._first)}:" if self._count > SHOWN_FAULTS else ":"
+            raise DataError("\n".join([f"{where}: {self._count} problems{some}", *self._first]))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -34,27 +68,59 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def lines_of(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """Yield offset, number and bytes of every line that is not blank."""
-    place = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield place, number, line
-                place += len(line)
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); name another file") from error
+    """Yield offset, number and bytes of every line that is not blank.
+
+    Of a line that is longer than the limit only as much is read as `line_record` needs to refuse
+    it. Raises DataError for a file that can't be read.
+    """
+    with opened_lines(path) as file:
+        place = number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if line.strip():
+                yield place, number, line
+            while not line.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+                line = rest
+            place = file.tell()
+
+
+@contextmanager
+def opened_lines(path: str) -> Iterator[BinaryIO]:
+    """Open a text file, unpacked if it is named `.gz`; raises DataError where it can't be read."""
+    with opened(_unpacked(path).name if path.endswith(".gz") else path) as file:
+        yield file
+
+
+@lru_cache(maxsize=1)
+def _unpacked(path: str) -> Any:
+    """Return a temporary file with the content of a gzip file, in which places can be sought."""
+    unpacked = tempfile.NamedTemporaryFile(prefix="tagi_", suffix=".jsonl")  # noqa: SIM115
+    with opened(path) as packed:
+        try:
+            with gzip.open(packed) as content:
+                shutil.copyfileobj(content, unpacked)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path}: is damaged or cut off, and nothing of it was read ({error}); fetch or"
+                " compress it again"
+            ) from error
+    unpacked.flush()
+    return unpacked
 
 
 def line_record(line: bytes, where: str) -> Record:
     """Return the object of one line; `where` names it in refusals."""
+    return as_object(_parse(line_text(line, where).rstrip(), where), where)
+
+
+def line_text(line: bytes, where: str) -> str:
+    """Return the text of one line; `where` names it in refusals."""
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{where}: is {len(line)} bytes long; at most {MAX_LINE_BYTES} are read")
+        raise DataError(f"{where}: is longer than {MAX_LINE_BYTES} bytes; divide or remove it")
     try:
-        text = line.decode("utf-8-sig")
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8 at byte {error.start}; convert the file") from error
-    return as_object(_parse(text, where), where)
 
 
 def as_object(value: Any, where: str) -> Record:
@@ -67,9 +133,7 @@ def as_object(value: Any, where: str) -> Record:
 def read_json_file(path: str, constants: bool = False) -> Any:
     """Return what a JSON file holds; NaN and Infinity are let in with `constants` only."""
     try:
-        return _parse(Path(path).read_bytes().decode("utf-8-sig"), path, constants)
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); name another file") from error
+        return _parse(read_bytes(path).decode("utf-8-sig").rstrip(), path, constants)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 at byte {error.start}; convert the file") from error
 
@@ -82,8 +146,10 @@ def _parse(text: str, where: str, constants: bool = False) -> Any:
     except RecursionError as error:
         raise DataError(f"{where}: is nested too deeply; correct the record") from error
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: is not JSON ({error.msg}, {place}); correct it") from error
+        place = f"{f'line {error.lineno}, ' if error.lineno > 1 else ''}column {error.colno}"
+        cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
+        fault = "is cut off, or not JSON" if cut else "is not JSON"
+        raise DataError(f"{where}: {fault} ({error.msg}, {place}); correct it") from error
     except ValueError as error:
         raise DataError(f"{where}: {error}; correct the record") from error
 

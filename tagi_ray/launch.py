@@ -1,4 +1,4 @@
-"""The driver's side: find or start a cluster, run stages on its workers, show how they progress."""
+"""The driver's side: run stages on the cluster's workers, and show how they progress."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tagi_ray import errors, history
+from tagi_ray import errors, history, tracking
+from tagi_ray.cluster import Room, per_worker, ray_logs
 from tagi_ray.config import Experiment
-from tagi_ray.errors import ConfigError, TagiError, TrainingError
-from tagi_ray.report import read_records
-from tagi_ray.sections import ResourceSettings
+from tagi_ray.errors import TagiError, TrainingError
+from tagi_ray.progress import shown
 from tagi_ray.stages import StageSpec, fingerprint
 from tagi_ray.zero import sum_over_ranks
 
-OBJECT_STORE_BYTES = 300 * 2**20
-"""Of a local cluster: batches of token ids are small."""
-SPARE_CPUS = 2
-"""Logical CPUs beside the workers', without which Ray Data would wait for ever."""
 POLL_SECONDS = 0.3
 
 # Read by Ray Train on the driver. Its own polling lets every stage end two seconds late on average;
@@ -33,46 +29,6 @@ _RAY_TRAIN = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-def connect(experiment: Experiment) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, as `ray job` does, or start a local one.
-
-    Raises ConfigError if it can never have the CPUs and GPUs that are asked for.
-    """
-    import ray
-    import ray.data
-    import torch
-
-    if ray.is_initialized():
-        _check_capacity(experiment, _most())
-        return
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":
-            handler.setLevel(logging.ERROR)  # its plans and progress are in its own log file
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        _check_capacity(experiment, _most())
-    else:
-        each = experiment.resources.cpus_per_worker
-        logical = {
-            "CPU": max(count * each for count in _processes(experiment).values()) + SPARE_CPUS,
-            "GPU": torch.cuda.device_count(),
-        }
-        _check_capacity(experiment, logical)
-        ray.init(
-            address="local",  # never join a cluster of someone else on this machine
-            num_cpus=logical["CPU"],
-            num_gpus=logical["GPU"],
-            object_store_memory=OBJECT_STORE_BYTES,
-            dashboard_port=0,
-            **quiet,
-        )
-    logger.info("Ray's logs: %s", _ray_logs())
 
 
 def fit(
@@ -89,7 +45,6 @@ def fit(
     if not specs:
         return
     run_folder = specs[0].run_folder
-    news = _News(run_folder / history.METRICS)
     failure: list[BaseException] = []
     refusal = _refusal_of(specs)
     refusal.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +58,14 @@ def fit(
 
     # Ray's own call blocks, and this thread has something to show meanwhile.
     thread = threading.Thread(target=train, daemon=True, name="fit")
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        for record in news.read():
-            say(progress_line(record))
+    room = Room(specs[0].experiment.resources)
+    with shown(specs, say) as show:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            show()
+            if line := room.lack():
+                say(line)
     if refusal.exists():
         name, *arguments = json.loads(refusal.read_text(encoding="utf-8"))
         raise getattr(errors, name)(*arguments) from (failure[0] if failure else None)
@@ -133,32 +91,6 @@ def run_remotely(experiment: Experiment, function: Callable[..., Any], *argument
         if isinstance(error.cause, TagiError):
             raise error.cause from error
         raise
-
-
-def progress_line(record: Mapping[str, Any]) -> str:
-    """Return a metrics record as a line for a person."""
-    known = {
-        "stage", "seed", "variant", "step", "steps", "loss", "valid_loss", "grad_norm",
-        "learning_rate", "tokens_per_second", "step_time", "data_wait", "seconds_left",
-        "cut_texts",
-    }  # fmt: skip
-    parts = [f"{name} {value:.4f}" for name, value in record.items() if name not in known]
-    if "valid_loss" in record:
-        parts.append(f"valid {record['valid_loss']:.4f}")
-    if "cut_texts" in record:
-        parts.append(f"cut {record['cut_texts']} texts")
-    minutes, seconds = divmod(round(record["seconds_left"]), 60)
-    return "  ".join([
-        f"{record['stage']} seed {record['seed']}",
-        f"step {record['step']}/{record['steps']}",
-        f"loss {record['loss']:.4f}",
-        *parts,
-        f"lr {record['learning_rate']:.2e}",
-        f"norm {record['grad_norm']:.2f}",
-        f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"data wait {record['data_wait']:.0%}",
-        f"left {minutes}:{seconds:02d}",
-    ])  # fmt: skip
 
 
 def train_on_worker(config: Mapping[str, Any]) -> None:
@@ -211,91 +143,29 @@ def _trainer(specs: Sequence[StageSpec]) -> Any:
     for name, value in _RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     resources = specs[0].experiment.resources
-    threads = {"OMP_NUM_THREADS": str(resources.cpus_per_worker)}
+    variables = {
+        "OMP_NUM_THREADS": str(resources.cpus_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if resources.zero_stage == 3 and not resources.gpus_per_worker:
+        # Gathered weights come and go all the time, and the C library would keep what they leave.
+        variables["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     return TorchTrainer(
         train_on_worker,
         train_loop_config={"specs": list(specs)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_per_worker(resources),
+            resources_per_worker=per_worker(resources),
         ),
         run_config=ray.train.RunConfig(
             name=f"seed_{specs[0].seed}_{specs[0].name}",
             storage_path=str(specs[0].run_folder / "logs"),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            worker_runtime_env={"env_vars": {**threads, "TOKENIZERS_PARALLELISM": "false"}},
+            callbacks=tracking.callbacks(specs),
+            worker_runtime_env={"env_vars": variables},
         ),
     )
-
-
-def _per_worker(resources: ResourceSettings) -> dict[str, float]:
-    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    return {"CPU": resources.cpus_per_worker, **gpus}
-
-
-def _processes(experiment: Experiment) -> dict[str, int]:
-    """Processes that hold a worker's resources at a time, by the setting that says how many."""
-    return {
-        "resources.workers": experiment.resources.workers,
-        "evaluation.actors": experiment.evaluation.actors,
-    }
-
-
-def _most() -> Mapping[str, float]:
-    """Return what the cluster has when its autoscaler has done what it can."""
-    import ray
-    from ray._private.state import state
-
-    return state.get_max_resources_from_cluster_config() or ray.cluster_resources()
-
-
-def _check_capacity(experiment: Experiment, most: Mapping[str, float]) -> None:
-    """Refuse what would wait for resources for ever."""
-    problems: list[str] = []
-    for setting, count in _processes(experiment).items():
-        for name, each in _per_worker(experiment.resources).items():
-            spare = 1 if (setting, name) == ("resources.workers", "CPU") else 0
-            needed, found = count * each + spare, most.get(name, 0)
-            if found < needed:
-                beside = " and 1 for reading data" if spare else ""
-                problems.append(
-                    f"{setting}={count} needs {needed:g} {name}s ({each:g} each{beside}), and the"
-                    f" cluster has {found:g}: ask for fewer, or enlarge the cluster"
-                )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _ray_logs() -> Path:
-    from ray._private.worker import _global_node  # no public name tells the session's folder
-
-    return Path("unknown") if _global_node is None else Path(_global_node.get_logs_dir_path())
-
-
-class _News:
-    """Records that were written to a metrics file since the last look.
-
-    A stage that continues from a checkpoint rewrites the file, so a place in it means nothing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._changed = 0.0
-        self._seen: dict[tuple[Any, ...], Any] = {}
-        for _ in self.read():
-            pass
-
-    def read(self) -> Iterator[Mapping[str, Any]]:
-        changed = self._path.stat().st_mtime if self._path.exists() else 0.0
-        if changed == self._changed:
-            return
-        self._changed = changed
-        for record in read_records(self._path):
-            key = (record["stage"], record["seed"], record["step"])
-            if self._seen.get(key) != record:
-                self._seen[key] = record
-                yield record
 
 
 def _explained(error: BaseException, run_folder: Path) -> BaseException:
@@ -304,18 +174,19 @@ def _explained(error: BaseException, run_folder: Path) -> BaseException:
 
     if not isinstance(error, TrainingFailedError):
         return error
-    failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    causes = {rank: getattr(one, "_base_exc", one) for rank, one in sorted(failures.items())}
-    for cause in causes.values():
-        if isinstance(cause, TagiError):
-            return cause
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     path = run_folder / "logs" / "failure.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(str(error), encoding="utf-8")
-    if not causes:
-        return TrainingError(f"training could not be run; see {path} and {_ray_logs()}")
-    rank, cause = next(iter(causes.items()))
-    said = str(cause).strip().splitlines() or [""]
-    return TrainingError(
-        f"worker {rank} failed: {type(cause).__name__}: {said[0]}; the traceback is in {path}"
-    )
+    if not failures:
+        return TrainingError(f"training could not be run; see {path} and {ray_logs()}")
+    rank, first = min(failures.items())
+    return TrainingError(f"worker {rank} failed: {_last_words(first)}; the traceback is in {path}")
+
+
+def _last_words(error: Exception) -> str:
+    """Return type and first line of an error, of which Ray Train keeps the text of a traceback."""
+    _, header, frames = str(error).rpartition("Traceback (most recent call last):\n")
+    if header:
+        return next((line for line in frames.splitlines() if line[:1].strip()), "")
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,11 @@ class Site:
         return self.name.rsplit(".", 1)[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class LoraBank:
-    """Factors of K adapters; the update of a site is `scaling * b @ a` (PEFT's orientation)."""
+class LoraBank(NamedTuple):
+    """Factors of K adapters; the update of a site is `scaling * b @ a` (PEFT's orientation).
+
+    A tuple, in which ZeRO's hooks on a module's output find the tensors.
+    """
 
     a: Mapping[str, Tensor]
     """Site name -> [K, R, D_in]."""
@@ -233,6 +235,7 @@ def common_start(sites: tuple[Site, ...], rank: int, seed: int) -> dict[str, Ten
     """
     generator = torch.Generator().manual_seed(seed)
     return {
-        site.name: (torch.rand(rank, site.d_in, generator=generator) * 2 - 1) / site.d_in**0.5
+        site.name: (torch.rand(rank, site.d_in, generator=generator, device="cpu") * 2 - 1)
+        / site.d_in**0.5
         for site in sites
     }

@@ -18,6 +18,8 @@ from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import LoraBank
 from tagi_ray.sections import FusionSettings, Variant
 
+ModelKind = Literal["metatrain", "teacher"] | Variant
+
 
 class TagiModel(nn.Module):
     """A frozen backbone, and what makes adapters and fused memory from instructions for it."""
@@ -62,7 +64,7 @@ class TagiModel(nn.Module):
 def build_model(
     experiment: Experiment,
     tokenizer_folder: Path,
-    kind: Literal["metatrain", "teacher"] | Variant,
+    kind: ModelKind,
     seed: int,
 ) -> TagiModel:
     """Build the model of a stage. Initial values depend on the seed alone, not on the device.
@@ -74,6 +76,11 @@ def build_model(
     backbone = load_backbone(
         experiment.backbone, experiment.lora, tokenizer_folder, experiment.seeds[0]
     )
+    return assemble(experiment, backbone, kind, seed)
+
+
+def assemble(experiment: Experiment, backbone: Backbone, kind: ModelKind, seed: int) -> TagiModel:
+    """Build what a stage puts around its backbone."""
     if kind == "teacher":
         return TagiModel(backbone, None, None)
     if kind == "metatrain":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -104,8 +104,10 @@ def finetune(
 
     def loss(model: TagiModel, batch: Batch, totals: Totals, scope: ExitStack) -> LossParts:
         taught = batch.slots_K >= 0
+        # In training also where no task of the batch has one: on sharded weights all ranks must run
+        # the same forwards. Such tasks are masked below. Validation tasks never have teachers.
         taught_bank = None
-        if teachers is not None and taught.any():
+        if teachers is not None and (torch.is_grad_enabled() or taught.any()):
             taught_bank = teachers.take(batch.slots_K.clamp_min(0))
         encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
         teacher_logits = None
@@ -120,11 +122,6 @@ def finetune(
         )
         predicted = cross_entropy(logits, batch.target_ids_KNT).sum() / totals["target_tokens"]
         value, parts = predicted, {"cross_entropy": predicted}
-        # The loop adds parts up over ranks, so that every batch names the same ones.
-        if use_kl:
-            parts["kl"] = torch.zeros_like(predicted)
-        if teachers is not None and bank is not None:
-            parts["alignment"] = torch.zeros_like(predicted)
         if teacher_logits is not None:
             kl = distillation_kl(teacher_logits, logits, batch.target_ids_KNT, settings.temperature)
             parts["kl"] = (kl * taught).sum() / totals["taught_tokens"].clamp_min(1)
@@ -137,6 +134,11 @@ def finetune(
         return LossParts(value, {name: part.detach() for name, part in parts.items()})
 
     return Objective(reads, _finetune_denominators, loss)
+
+
+def pretrain() -> Objective:
+    """Pretrain the hypernetwork on raw text: cross-entropy of the target (Eq. 3)."""
+    return replace(finetune(DistillationSettings(), None, "input"), reads=("text",))
 
 
 def _finetune_denominators(batch: Batch) -> Totals:

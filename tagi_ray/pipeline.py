@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from tagi_ray import checkpoint, recipes
-from tagi_ray.backbone import identify
+from tagi_ray import checkpoint, corpus, recipes
+from tagi_ray.architecture import identify
+from tagi_ray.cluster import connect
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, RunConflictError
 from tagi_ray.evaluate import evaluate as score_systems
 from tagi_ray.generate import SYSTEM, generate_adapters, instructed_task, read_instructions
+from tagi_ray.hub import KEYWORDS, is_on_hub, pinned
 from tagi_ray.json_files import write_whole
-from tagi_ray.launch import connect, fit, run_remotely
+from tagi_ray.launch import fit, run_remotely
+from tagi_ray.loggers import require_packages
+from tagi_ray.remote_files import is_remote
 from tagi_ray.report import read_records, scores_table, write_report
-from tagi_ray.shard_writer import write_shards
+from tagi_ray.shard_writer import list_sources, write_shards
 from tagi_ray.shards import MANIFEST, read_manifest, read_tasks_of
-from tagi_ray.stages import BACKBONE, REPORTING, StageSpec, backbone_weights, trained_bank
+from tagi_ray.stages import (
+    BACKBONE,
+    REPORTING,
+    StageSpec,
+    backbone_weights,
+    last_checkpoint,
+    trained_bank,
+    trained_state,
+)
 from tagi_ray.systems import KNOWN_SYSTEMS, Weights
 from tagi_ray.tasks import Task
 from tagi_ray.teachers import FOLDERS, Role, finished, teacher_names, write_teachers
@@ -36,50 +47,50 @@ from tagi_ray.vocabulary import TOKENIZER, prepare_tokenizer
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-FREE_TO_CHANGE = frozenset({"storage", "resources", "evaluation"})
+FREE_TO_CHANGE = frozenset({"storage", "resources", "loggers", "evaluation"})
 """Sections that may differ when a run is continued: they change no trained weight."""
-KEYWORDS = frozenset({"demo", "random", "train"})
-"""Values of backbone.path and backbone.tokenizer that are no paths."""
 
 
 def prepare_data(experiment: Experiment, say: Say = print) -> Path:
     """Write the shards and the tokenizer of a run, unless they are there."""
-    experiment, run = open_run(experiment)
-    connect(experiment)
-    return _prepare(experiment, run, say)
+    _, run = _begin(experiment, say)
+    return run / "shards"
 
 
 def train_teachers(experiment: Experiment, say: Say = print) -> Path:
     """Train the teachers of the training tasks that have none yet."""
-    experiment, run = open_run(experiment)
-    connect(experiment)
-    _prepare(experiment, run, say)
+    experiment, run = _begin(experiment, say)
     _train(experiment, run, ["train"], [], say)
     return run / FOLDERS["train"]
 
 
+def pretrain(experiment: Experiment, say: Say = print) -> Path:
+    """Pretrain the hypernetworks on raw text. Raises ConfigError where that is not enabled."""
+    if not experiment.pretrain.enabled:
+        raise ConfigError([
+            "pretrain.enabled=false: finetuning would not start from what is pretrained: set"
+            " pretrain.enabled=true, and pretrain.path to raw text"
+        ])  # fmt: skip
+    experiment, run = _begin(experiment, say)
+    specs = _hypernetworks(experiment, run, "pretrain")
+    fit(specs, say)
+    return specs[0].checkpoints
+
+
 def finetune(experiment: Experiment, say: Say = print) -> Path:
     """Train all that a run compares, score it on the held-out tasks, export their adapters."""
-    experiment, run = open_run(experiment)
+    experiment, run = _begin(experiment, say)
     systems = experiment.evaluation.systems
-    connect(experiment)
-    _prepare(experiment, run, say)
     roles: list[Role] = []
     if experiment.teachers.enabled:
         roles.append("train")
     if "teacher" in systems:
         roles.append("oracle")
-    _train(
-        experiment, run, roles, _metatrain(experiment, run) if "metatrain" in systems else [], say
-    )
-    fit(
-        [
-            StageSpec(experiment, "finetune", run, seed, variant)
-            for seed in experiment.seeds
-            for variant in experiment.variants
-        ],
-        say,
-    )
+    more = _hypernetworks(experiment, run, "pretrain") if experiment.pretrain.enabled else []
+    if "metatrain" in systems:
+        more += _metatrain(experiment, run)
+    _train(experiment, run, roles, more, say)
+    fit(_hypernetworks(experiment, run, "finetune"), say)
     _score(experiment, run, say)
     if SYSTEM in experiment.variants:
         _export(experiment, run, say)
@@ -108,20 +119,23 @@ def generate(
     experiment, run = open_run(experiment, begin=False)
     tasks = [instructed_task(instruction)] if instruction else read_instructions(Path(path or ""))
     weights = trained_weights(experiment, run, SYSTEM, experiment.seeds[0])
-    folder = _lasting("--output", output) if output else run / "adapters"
+    folder = recipes.lasting("--output", output) if output else run / "adapters"
     written = generate_adapters(experiment, run, weights, tasks, folder, _alone(run))
     say(f"adapters: {len(written)} in {folder}")
     return folder
 
 
 def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment, Path]:
-    """Return the settings with absolute local paths, for workers elsewhere, and the run's folder.
+    """Return the settings for workers elsewhere, and the run's folder: with absolute local paths,
+    and the commit of a hub model.
 
     The folder is made on the run's first job, which may `begin` it. Raises ConfigError where there
     is none otherwise, RunConflictError when it belongs to a run with other settings or backbone.
     """
+    if begin:
+        require_packages(experiment.loggers)
     experiment = _located(experiment)
-    run = _lasting("storage", experiment.storage) / experiment.name
+    run = recipes.lasting("storage", experiment.storage) / experiment.name
     settings, backbone = run / "config.yaml", run / BACKBONE
     if not begin and not settings.exists():
         raise ConfigError([
@@ -136,19 +150,31 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
                 " (give another name=..., or the same settings):",
                 *differences,
             ])  # fmt: skip
-    weights, known = identify(experiment.backbone), backbone_weights(run)
+    found = pinned(experiment.backbone)
+    known = backbone_weights(run)
+    noted = json.loads(backbone.read_text("utf-8")) if known else {}
+    identity = identify(found, noted)
+    weights = identity["weights"]
     if known not in (None, weights):
+        cure = "bring those weights back"
+        if is_on_hub(found.path):
+            cure = f"set backbone.revision={str(known).rpartition('@')[2]}"
         raise RunConflictError([
             f"{backbone}: the run {experiment.name!r} was started with other weights in"
-            f" backbone.path={experiment.backbone.path} ({known}, now {weights}): give another"
-            " name=..., or bring those weights back"
+            f" backbone.path={found.path} ({known}, now {weights}): give another name=..., or {cure}"
         ])  # fmt: skip
-    run.mkdir(parents=True, exist_ok=True)
-    if known is None:
-        write_whole(backbone, json.dumps({"path": experiment.backbone.path, "weights": weights}))
-    if not settings.exists():
-        write_whole(settings, recipes.dump(experiment))
-    return experiment, run
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if noted != (identity := {"path": experiment.backbone.path, **identity}):
+            write_whole(backbone, json.dumps(identity))
+        if not settings.exists():
+            write_whole(settings, recipes.dump(experiment))
+    except OSError as error:
+        raise ConfigError([
+            f"storage={experiment.storage}: {run} cannot be written ({error.strerror}): give a"
+            " storage=FOLDER that this machine and all workers can write to"
+        ]) from error  # fmt: skip
+    return experiment.model_copy(update={"backbone": found}), run
 
 
 def _located(experiment: Experiment) -> Experiment:
@@ -159,31 +185,17 @@ def _located(experiment: Experiment) -> Experiment:
         found = {
             name: str(Path(value).absolute())
             for name, value in values.items()
-            if value and value not in KEYWORDS and Path(value).exists()
+            if value and value not in KEYWORDS and not is_remote(value) and Path(value).exists()
         }
         return section.model_copy(update=found)
 
     return experiment.model_copy(
         update={
             "data": absolute(experiment.data, "path", "train_tasks_file", "test_tasks_file"),
+            "pretrain": absolute(experiment.pretrain, "path"),
             "backbone": absolute(experiment.backbone, "path", "tokenizer"),
         }
     )
-
-
-def _lasting(field: str, path: str) -> Path:
-    """Return a folder that is written to as an absolute path.
-
-    Raises ConfigError for a relative one in a submitted job, which starts in a copy of the
-    submitted folder that its cluster deletes.
-    """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    if not Path(path).is_absolute() and (job.get("runtime_env") or {}).get("working_dir"):
-        raise ConfigError([
-            f"{field}={path} would be lost: `ray job submit --working-dir` starts the job in a"
-            f" temporary copy of that folder; set {field}=/a/shared/folder"
-        ])  # fmt: skip
-    return Path(path).absolute()
 
 
 def _dumped(experiment: Experiment) -> dict[str, Any]:
@@ -193,6 +205,8 @@ def _dumped(experiment: Experiment) -> dict[str, Any]:
 def _differences(was: Any, now: Any, where: tuple[str, ...] = ()) -> list[str]:
     if not FREE_TO_CHANGE.isdisjoint(where[:1]) or not REPORTING.isdisjoint(where[1:2]):
         return []
+    if where == ("backbone", "revision"):
+        return []  # a branch and its commit are the same weights, and these are compared
     if isinstance(was, dict) and isinstance(now, dict):
         return [
             line
@@ -202,15 +216,53 @@ def _differences(was: Any, now: Any, where: tuple[str, ...] = ()) -> list[str]:
     return [] if was == now else [f"  {'.'.join(where)}: was {was}, is {now}"]
 
 
-def _prepare(experiment: Experiment, run: Path, say: Say) -> Path:
+def _begin(experiment: Experiment, say: Say) -> tuple[Experiment, Path]:
+    """Open a run, connect to the cluster, and write the run's shards and tokenizer.
+
+    What is wrong with the inputs is raised before the cluster is asked for anything.
+    """
+    experiment, run = open_run(experiment)
     shards, tokenizer = run / "shards", run / "tokenizer"
-    if not (shards / MANIFEST).exists():
-        manifest = write_shards(experiment.data, shards, experiment.seeds[0])
+    written, seed = (shards / MANIFEST).exists(), experiment.seeds[0]
+    sources = [] if written else list_sources(experiment.data, seed)
+    fitted = experiment.backbone.tokenizer == "train"
+    if not fitted and not (tokenizer / TOKENIZER).exists():
+        prepare_tokenizer(experiment.backbone, shards, tokenizer)
+    for folder in FOLDERS.values():
+        finished(run / folder)
+    _write_corpus(experiment, run, say)
+    connect(experiment)
+    if not written:
+        manifest = write_shards(experiment.data, shards, seed, sources=sources)
         counts = ", ".join(f"{len(index.tasks)} {name}" for name, index in manifest.splits.items())
         say(f"data: {counts} tasks in {shards}")
-    if not (tokenizer / TOKENIZER).exists():
+    if fitted and not (tokenizer / TOKENIZER).exists():
         prepare_tokenizer(experiment.backbone, shards, tokenizer)
-    return shards
+    _write_corpus(experiment, run, say)
+    return experiment, run
+
+
+def _write_corpus(experiment: Experiment, run: Path, say: Say) -> None:
+    """Write the raw text of pretraining, if there is any to write yet and a tokenizer."""
+    folder, tokenizer = run / corpus.FOLDER, run / "tokenizer"
+    if not experiment.pretrain.enabled or (folder / MANIFEST).exists():
+        return
+    if not (tokenizer / TOKENIZER).exists():
+        corpus.check_path(experiment.pretrain)
+        return
+    manifest, too_short = corpus.write_corpus(experiment.pretrain, tokenizer, folder)
+    train, valid = (int(manifest.splits[split].count.sum()) for split in ("train", "valid"))
+    say(f"corpus: {train} texts, {valid} more to validate on, {too_short} too short, in {folder}")
+
+
+def _hypernetworks(
+    experiment: Experiment, run: Path, kind: Literal["pretrain", "finetune"]
+) -> list[StageSpec]:
+    return [
+        StageSpec(experiment, kind, run, seed, variant)
+        for seed in experiment.seeds
+        for variant in experiment.variants
+    ]
 
 
 def _metatrain(experiment: Experiment, run: Path, seed: int | None = None) -> list[StageSpec]:
@@ -273,20 +325,8 @@ def trained_weights(experiment: Experiment, run: Path, stage: Weights, seed: int
         specs = _metatrain(experiment, run, seed)
     else:
         specs = [StageSpec(experiment, "finetune", run, seed, stage)]
-    newest = [_finished(spec) for spec in specs]
-    return checkpoint.best(min(newest, key=checkpoint.best_loss)) / checkpoint.STATE
-
-
-def _finished(spec: StageSpec) -> Path:
-    """Return the last checkpoint of a stage; raises ConfigError unless it has all its steps."""
-    newest = checkpoint.latest(spec.checkpoints)
-    progress = checkpoint.meta(newest)["progress"] if newest else {"step": 0, "done": False}
-    if newest is None or not progress["done"]:
-        raise ConfigError([
-            f"{spec.checkpoints}: {spec.name} of seed {spec.seed} is at step {progress['step']} of"
-            f" {spec.settings.steps}: run `python jobs/finetune.py` with these settings first"
-        ])  # fmt: skip
-    return newest
+    newest = [last_checkpoint(spec) for spec in specs]
+    return trained_state(min(newest, key=checkpoint.best_loss))
 
 
 def _score(experiment: Experiment, run: Path, say: Say) -> None:

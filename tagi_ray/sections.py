@@ -45,9 +45,10 @@ class DataSettings(Section):
     """Where the tasks come from, how they are split, and how they are rendered."""
 
     source: Literal["synthetic", "sni", "records", "hub"] = "synthetic"
-    """`sni`: a JSON file for each task. `records`: JSONL, JSON or Parquet rows of one instance, in
-    the columns task, instruction, input, output(s), or in Alpaca's. `hub`: such rows of a hub
-    dataset. `synthetic`: the embedded world, which reads nothing."""
+    """`sni`: a JSON file for each task. `records`: rows of one instance, .jsonl, .jsonl.gz, .json
+    or .parquet, in the columns task, instruction, input, output(s) and perhaps category, or in
+    Alpaca's. `hub`: such rows of a hub dataset. `synthetic`: the embedded world, which reads
+    nothing."""
     path: str | None = None
     """Folder or file, local or s3:// or gs://, or the hub dataset id."""
     revision: str | None = None
@@ -88,9 +89,11 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _one_split(self) -> DataSettings:
         if self.source == "synthetic":
-            files = ("path", "revision", "train_tasks_file", "test_tasks_file")
+            files = ("path", "train_tasks_file", "test_tasks_file")
             given = [f"data.{name}" for name in (*files, "test_categories", "test_tasks")
                      if getattr(self, name)]  # fmt: skip
+            if self.train_categories != "all":
+                given.append("data.train_categories")
             if given:
                 raise ValueError(
                     f"{' and '.join(given)} would not be read, for data.source=synthetic has tasks"
@@ -120,6 +123,28 @@ class DataSettings(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _places(self) -> DataSettings:
+        problems: list[str] = []
+        fields = type(self).model_fields
+        given = [name for name in ("revision", "subset", "hub_split")
+                 if getattr(self, name) != fields[name].default]  # fmt: skip
+        if given and self.source != "hub":
+            problems.append(
+                f"{' and '.join(f'data.{name}' for name in given)} would not be read: only"
+                " data.source=hub has them"
+            )
+        for name in ("path", "train_tasks_file", "test_tasks_file"):
+            place = str(getattr(self, name))
+            scheme, is_url, _ = place.partition("://")
+            if is_url and self.source == "hub" and name == "path":
+                problems.append(f"data.path={place} is no id of a hub dataset: give OWNER/NAME")
+            elif is_url and scheme not in ("s3", "gs"):
+                problems.append(f"data.{name}={place}: only local paths, s3:// and gs:// are read")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
 
 class ArchitectureSettings(Section):
     """Shape of a T5 backbone."""
@@ -143,7 +168,7 @@ class BackboneSettings(Section):
     path: str = "demo"
     """`demo` (shipped with the package), `random`, a local directory, or a hub model id."""
     revision: str | None = None
-    """Commit or tag of a hub model."""
+    """Branch, tag or commit of a hub model; a run keeps the commit that it was started with."""
     architecture: ArchitectureSettings | None = None
     """Shape of a `random` backbone; of another, what its files must hold, so that a run can be
     planned before they are there."""
@@ -272,7 +297,11 @@ class PretrainSettings(StageSettings):
     """Whether finetuning starts from a pretrained hypernetwork."""
     path: str | None = None
     """Text, JSONL or Parquet (column `text`): a file or folder, local or s3:// or gs://, or the id
-    of a hub dataset."""
+    of a hub dataset, of which the split train is read."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset."""
+    subset: str | None = None
+    """Configuration of a hub dataset that has several (en of allenai/c4)."""
     max_tokens: Count = 1024
     """Longer texts are cut there before they are divided (App. A.2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -85,14 +85,19 @@ class SyntheticTask:
 
 
 def write_shards(
-    settings: DataSettings, folder: Path, seed: int, parallel: bool = True
+    settings: DataSettings,
+    folder: Path,
+    seed: int,
+    parallel: bool = True,
+    sources: list[tuple[TaskSource, SplitName]] | None = None,
 ) -> Manifest:
     """Write the shards and the manifest of a run; the folder appears when all of it is there.
 
     Whatever stood at `folder` is replaced. Not `parallel`, this process reads every task into its
-    memory and needs no Ray: the same files, for data that is small.
+    memory and needs no Ray: the same files, for data that is small. `sources` are those of
+    `list_sources`, where they are known.
     """
-    sources = list_sources(settings, seed)
+    sources = sources or list_sources(settings, seed)
     stream = _sorted_by_ray if parallel else _sorted_here
     partial = folder.with_name(folder.name + ".partial")
     for leftover in (partial, folder):

@@ -8,26 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tagi_ray import objectives
+from tagi_ray import checkpoint, corpus, objectives
+from tagi_ray.bank_engine import BankEngine
 from tagi_ray.config import Experiment
-from tagi_ray.errors import AdapterError
+from tagi_ray.errors import AdapterError, ConfigError
+from tagi_ray.evaluate import load_weights
 from tagi_ray.lora import LoraBank, Site, common_start
-from tagi_ray.model import build_model
+from tagi_ray.model import ModelKind, TagiModel, build_model
 from tagi_ray.objectives import Objective
 from tagi_ray.order import OrderPlan
-from tagi_ray.sections import StageSettings, Variant
+from tagi_ray.sections import DataSettings, StageSettings, Variant
 from tagi_ray.shards import read_manifest
 from tagi_ray.teachers import FOLDERS, INDEX, read_teachers, teacher_slots
-from tagi_ray.zero import BankEngine, Engine, ZeroEngine
+from tagi_ray.zero import Engine, FrozenModel, ZeroEngine, sharded_loading
 
-Kind = Literal["teachers", "oracle", "finetune", "metatrain"]
+Kind = Literal["teachers", "oracle", "pretrain", "finetune", "metatrain"]
 
 REPORTING = frozenset({"log_every", "save_every", "micro_groups"})
 """Settings of a stage that change neither what is learnt nor in which order."""
@@ -46,7 +48,7 @@ class StageSpec:
     """Absolute: a worker starts in another folder. Shared by all machines of the cluster."""
     seed: int
     variant: Variant = "tagi"
-    """What `finetune` trains."""
+    """What `pretrain` and `finetune` train."""
     learning_rate: float | None = None
     """Instead of the rate of the settings."""
     slots: tuple[str, ...] = ()
@@ -71,11 +73,31 @@ class StageSpec:
     @property
     def name(self) -> str:
         """Name of the stage in its seed's folder and in the metrics."""
-        if self.kind == "finetune":
-            return f"finetune_{self.variant}"
+        if self.kind in ("pretrain", "finetune"):
+            return f"{self.kind}_{self.variant}"
         if self.kind == "metatrain":
             return f"metatrain_{self.rate:g}"
         return f"{self.kind}_{self.part}" if self.part else self.kind
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the shards that the stage reads."""
+        return self.run_folder / (corpus.FOLDER if self.kind == "pretrain" else "shards")
+
+    @property
+    def data(self) -> DataSettings:
+        """How the stage's texts are rendered and cut."""
+        settings, pretrain = self.experiment.data, self.experiment.pretrain
+        if self.kind != "pretrain":
+            return settings
+        return settings.model_copy(update={"max_prompt_tokens": pretrain.max_tokens})
+
+    @property
+    def pretrained(self) -> StageSpec | None:
+        """The stage from whose weights this one starts, if there is one."""
+        if self.kind == "finetune" and self.experiment.pretrain.enabled:
+            return replace(self, kind="pretrain", learning_rate=None)
+        return None
 
     @property
     def checkpoints(self) -> Path:
@@ -100,7 +122,8 @@ class Stage:
 
 
 def fingerprint(spec: StageSpec) -> str:
-    """Return a hash of all that decides what the stage learns: settings, data, backbone, teachers.
+    """Return a hash of all that decides what the stage learns: settings, data, backbone, teachers,
+    and the weights that it starts from.
 
     The number of workers, the micro-batches and the ZeRO stage are not part of it: a run may
     continue on other machines.
@@ -113,7 +136,7 @@ def fingerprint(spec: StageSpec) -> str:
         "variant": spec.variant,
         "rate": spec.rate,
         "slots": spec.slots,
-        "stage": spec.settings.model_dump(mode="json", exclude=set(REPORTING)),
+        "stage": spec.settings.model_dump(mode="json", exclude=set(REPORTING | _PLACES)),
         "data": experiment.data.model_dump(mode="json", exclude=_PLACES),
         "shards": read_manifest(spec.run_folder / "shards").fingerprint,
         "teachers": _teachers_hash(spec.run_folder / FOLDERS["train"]) if taught else None,
@@ -123,7 +146,29 @@ def fingerprint(spec: StageSpec) -> str:
             for section in ("backbone", "lora", "hypernetwork", "fusion", "distillation")
         },
     }
+    if spec.kind == "pretrain":
+        parts["corpus"] = read_manifest(spec.shards).fingerprint
+    if spec.pretrained:
+        state = trained_state(last_checkpoint(spec.pretrained))
+        parts["pretrained"] = state.with_name(checkpoint.COMMIT).read_text("utf-8")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def last_checkpoint(spec: StageSpec) -> Path:
+    """Return the last checkpoint of a stage; raises ConfigError unless it has all its steps."""
+    newest = checkpoint.latest(spec.checkpoints)
+    progress = checkpoint.meta(newest)["progress"] if newest else {"step": 0, "done": False}
+    if newest is None or not progress["done"]:
+        raise ConfigError([
+            f"{spec.checkpoints}: {spec.name} of seed {spec.seed} is at step {progress['step']} of"
+            f" {spec.settings.steps}: run `python jobs/finetune.py` with these settings first"
+        ])  # fmt: skip
+    return newest
+
+
+def trained_state(newest: Path) -> Path:
+    """Return the tensors of a finished stage: best in validation, or else the last."""
+    return checkpoint.best(newest) / checkpoint.STATE
 
 
 def backbone_weights(run_folder: Path) -> str | None:
@@ -146,12 +191,17 @@ def build_stage(spec: StageSpec, device: torch.device) -> Stage:
 
 def _build_trained(spec: StageSpec, device: torch.device) -> Stage:
     experiment, settings = spec.experiment, spec.settings
-    manifest = read_manifest(spec.run_folder / "shards")
-    kind = spec.variant if spec.kind == "finetune" else "metatrain"
-    model = build_model(experiment, spec.run_folder / "tokenizer", kind, spec.seed).to(device)
+    manifest = read_manifest(spec.shards)
+    kind = "metatrain" if spec.kind == "metatrain" else spec.variant
+    model = _build_model(spec, kind, device)
+    if spec.pretrained:
+        # Before the engine, which may shard what is trained.
+        load_weights(model, trained_state(last_checkpoint(spec.pretrained)))
     bank, slots = None, None
     if spec.kind == "metatrain":
         objective = objectives.metatrain()
+    elif spec.kind == "pretrain":
+        objective = objectives.pretrain()
     else:
         if experiment.teachers.enabled:
             folder = spec.run_folder / FOLDERS["train"]
@@ -159,10 +209,10 @@ def _build_trained(spec: StageSpec, device: torch.device) -> Stage:
             bank = bank.to(device)
         prompt = experiment.teachers.prompt
         objective = objectives.finetune(experiment.distillation, bank, prompt)
-    stage, splits = experiment.resources.zero_stage, manifest.splits
+    splits = manifest.splits
     return Stage(
         objective,
-        ZeroEngine(model, objective, settings, stage, spec.rate, device),
+        ZeroEngine(model, objective, settings, experiment.resources, spec.rate, device),
         OrderPlan(splits["train"], spec.seed, settings.instances, slots),
         # One order for all seeds and rates, whose losses are compared.
         OrderPlan(splits["valid"], experiment.seeds[0], settings.instances)
@@ -176,18 +226,31 @@ def _build_teachers(spec: StageSpec, device: torch.device) -> Stage:
     role = "oracle" if spec.kind == "oracle" else "train"
     teaching = experiment.oracle if spec.kind == "oracle" else experiment.teachers
     manifest = read_manifest(spec.run_folder / "shards")
-    model = build_model(experiment, spec.run_folder / "tokenizer", "teacher", spec.seed).to(device)
+    model = _build_model(spec, "teacher", device)
     bank = starting_bank(model.backbone.sites, experiment, len(spec.slots))
     bank = bank.map(lambda factor: factor.to(device).requires_grad_())
     objective = objectives.teacher(bank, teaching.prompt)
+    frozen = FrozenModel(model, objective, settings, experiment.resources, device)
     slots = teacher_slots(manifest, spec.slots, role, teaching.per)
     split = manifest.splits["oracle" if role == "oracle" else "train"]
     return Stage(
         objective,
-        BankEngine(model, objective, bank, settings, spec.rate),
+        BankEngine(frozen, bank, settings, spec.rate),
         OrderPlan(split, spec.seed, settings.instances, slots, round_robin=True),
         None,
     )
+
+
+def _build_model(spec: StageSpec, kind: ModelKind, device: torch.device) -> TagiModel:
+    experiment = spec.experiment
+    if spec.kind == "pretrain":
+        given = {"dtype": experiment.pretrain.dtype}
+        backbone = experiment.backbone.model_copy(update=given)
+        experiment = experiment.model_copy(update={"backbone": backbone})
+    dtype = getattr(torch, experiment.backbone.dtype)
+    with sharded_loading(spec.settings, experiment.resources, dtype, device):
+        model = build_model(experiment, spec.run_folder / "tokenizer", kind, spec.seed)
+    return model.to(device)
 
 
 def starting_bank(sites: tuple[Site, ...], experiment: Experiment, slots: int) -> LoraBank:

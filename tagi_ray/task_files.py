@@ -11,49 +11,46 @@ import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 from tagi_ray.errors import DataError
-from tagi_ray.json_files import (
-    Record,
-    as_object,
-    line_record,
-    lines_of,
-    read_json_file,
-    refuse,
-)
+from tagi_ray.json_files import Faults, Record, read_json_file, refuse
+from tagi_ray.record_files import NEEDED, SUFFIXES, Records, hub_rows, records_of
+from tagi_ray.remote_files import list_files, stem_of
 from tagi_ray.sections import DataSettings
 from tagi_ray.tasks import Instance, PositiveExample, Task, check_name, listed_names
 
 logger = logging.getLogger(__name__)
 
 NO_CATEGORY = "uncategorised"
+CURES = {
+    "sni": "clone https://github.com/allenai/natural-instructions and give its folder tasks",
+    "records": f"give a file or folder of {', '.join(SUFFIXES)} with {NEEDED}",
+}
 
 
 def read_tasks(settings: DataSettings) -> Iterator[SniTask | RecordTask]:
-    """Yield every task of `settings.path`; its `.instances()` reads the instances."""
+    """Yield every task of `settings.path`; its `.instances()` reads the instances.
+
+    Raises DataError with all that is wrong in the files, or in the first file of records.
+    """
     if settings.source == "sni":
         yield from _sni_tasks(settings)
-        return
-    if settings.source == "hub":
-        files: list[Records] = [HubRows(str(settings.path), settings.revision)]
+    elif settings.source == "hub":
+        yield from _record_tasks([hub_rows(settings)], settings)
     else:
-        files = [
-            JsonList(str(path)) if path.suffix == ".json" else JsonLines(str(path))
-            for path in _files(settings, (".jsonl", ".json"))
-        ]
-    yield from _record_tasks(files, settings)
+        yield from _record_tasks(
+            [records_of(path) for path in _files(settings, SUFFIXES)], settings
+        )
 
 
-def _files(settings: DataSettings, suffixes: Sequence[str]) -> list[Path]:
-    path = Path(str(settings.path))
-    found = sorted(p for p in path.iterdir() if p.suffix in suffixes) if path.is_dir() else [path]
-    if not path.exists():
-        raise DataError(f"data.path={path}: no such file or folder; name an existing one")
+def _files(settings: DataSettings, suffixes: Sequence[str]) -> list[str]:
+    path, cure = str(settings.path), CURES[settings.source]
+    found = list_files(path, suffixes)
+    if found is None:
+        raise DataError(f"data.path={path}: no such file or folder; {cure}")
     if not found:
-        raise DataError(f"data.path={path}: holds no {' or '.join(suffixes)} file; name another")
+        raise DataError(f"data.path={path}: holds no {' or '.join(suffixes)} file; {cure}")
     return found
 
 
@@ -75,15 +72,18 @@ class SniTask:
 def _sni_tasks(settings: DataSettings) -> Iterator[SniTask]:
     listed = listed_names(settings)
     skipped = 0
+    faults = Faults()
     for path in _files(settings, (".json",)):
-        if listed is not None and path.stem not in listed:
+        if listed is not None and stem_of(path) not in listed:
             skipped += 1
             continue
-        content = _sni_content(str(path))
-        task = _sni_task(content, check_name(path.stem, str(path)), str(path))
-        for _ in _sni_instances(content, str(path)):
-            pass
-        yield SniTask(task, str(path))
+        with faults.noted():
+            content = _sni_content(path)
+            task = _sni_task(content, check_name(stem_of(path), path), path)
+            for _ in _sni_instances(content, path):
+                pass
+            yield SniTask(task, path)
+    faults.raise_any(f"data.path={settings.path}")
     if skipped:
         logger.info("%d task files are in neither list of tasks and are left out", skipped)
 
@@ -144,77 +144,7 @@ def _sni_instances(content: Record, path: str) -> Iterator[Instance]:
         yield Instance(name, text, tuple(outputs))
 
 
-# Records: any file whose tasks may be interleaved, one instance a record.
-
-
-class Records(Protocol):
-    """A file of records that can be read through, and again at the places found then."""
-
-    def scan(self) -> Iterator[tuple[int, str, Record]]:
-        """Yield the place of each record, its name in messages, and the record."""
-        ...
-
-    def read(self, places: Sequence[int]) -> Iterator[tuple[str, Record]]:
-        """Yield the records at some places."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class JsonLines:
-    """A JSONL file; a place is the offset of a line in bytes."""
-
-    path: str
-
-    def scan(self) -> Iterator[tuple[int, str, Record]]:
-        """Yield every line that is not blank."""
-        for place, number, line in lines_of(self.path):
-            where = f"{self.path}:{number}"
-            yield place, where, line_record(line, where)
-
-    def read(self, places: Sequence[int]) -> Iterator[tuple[str, Record]]:
-        """Yield the lines that begin at some places."""
-        with open(self.path, "rb") as file:
-            for place in places:
-                file.seek(place)
-                where = f"{self.path} (byte {place})"
-                yield where, line_record(file.readline(), where)
-
-
-@dataclass(frozen=True, slots=True)
-class JsonList:
-    """A JSON file that is one list, as Alpaca was published; read whole."""
-
-    path: str
-
-    def scan(self) -> Iterator[tuple[int, str, Record]]:
-        """Yield every element."""
-        for place, record in enumerate(_json_list(self.path)):
-            where = f"{self.path}: record {place + 1}"
-            yield place, where, as_object(record, where)
-
-    def read(self, places: Sequence[int]) -> Iterator[tuple[str, Record]]:
-        """Yield the elements at some indices."""
-        for place in places:
-            yield f"{self.path}: record {place + 1}", _json_list(self.path)[place]
-
-
-@dataclass(frozen=True, slots=True)
-class HubRows:
-    """The `train` split of a hub dataset; a place is a row number."""
-
-    path: str
-    revision: str | None
-
-    def scan(self) -> Iterator[tuple[int, str, Record]]:
-        """Yield every row."""
-        for place, row in enumerate(_hub_dataset(self.path, self.revision)):
-            yield place, f"{self.path}: row {place}", row
-
-    def read(self, places: Sequence[int]) -> Iterator[tuple[str, Record]]:
-        """Yield some rows."""
-        rows = _hub_dataset(self.path, self.revision)
-        for place in places:
-            yield f"{self.path}: row {place}", rows[place]
+# Records: tasks may be interleaved in a file, and go on in the next one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +174,26 @@ class _Found:
 
 
 def _record_tasks(files: Sequence[Records], settings: DataSettings) -> Iterator[RecordTask]:
-    identify: Callable[[Record, str], tuple[str, str, str]] | None = None
     tasks: dict[str, _Found] = {}
     for number, records in enumerate(files):
-        for place, where, record in records.scan():
+        _find_tasks(number, records, tasks)
+    if not tasks:
+        raise DataError(f"data.path={settings.path}: holds no records; name another file")
+    for name, found in tasks.items():
+        task = Task(name, found.category, tuple(found.definitions))
+        pieces = tuple((files[number], places) for number, places in found.places.items())
+        yield RecordTask(task, pieces)
+
+
+def _find_tasks(number: int, records: Records, tasks: dict[str, _Found]) -> None:
+    """Check every record of a file, and add its place to its task."""
+    identify: Callable[[Record, str], tuple[str, str, str]] | None = None
+    faults = Faults()
+    for place, where, parse in records.scan():
+        with faults.noted():
+            record = parse()
             if identify is None:
-                # The columns say which of the two formats it is in.
+                # The columns of a file's first record say which of the two formats it is in.
                 identify = _jsonl_identity if "task" in record else _alpaca_identity
             name, category, definition = identify(record, where)
             _example(record, where)
@@ -258,12 +202,7 @@ def _record_tasks(files: Sequence[Records], settings: DataSettings) -> Iterator[
                 refuse(where, "category", category, f"task {name} began as {found.category!r}")
             found.definitions[definition] = None
             found.places.setdefault(number, array("q")).append(place)
-    if not tasks:
-        raise DataError(f"data.path={settings.path}: holds no records; name another file")
-    for name, found in tasks.items():
-        task = Task(name, found.category, tuple(found.definitions))
-        pieces = tuple((files[number], places) for number, places in found.places.items())
-        yield RecordTask(task, pieces)
+    faults.raise_any(records.path)
 
 
 def _jsonl_identity(record: Record, where: str) -> tuple[str, str, str]:
@@ -274,6 +213,9 @@ def _jsonl_identity(record: Record, where: str) -> tuple[str, str, str]:
 
 
 def _alpaca_identity(record: Record, where: str) -> tuple[str, str, str]:
+    """Return what `_jsonl_identity` does; each instruction is a task of its own."""
+    if "task" in record:
+        raise DataError(f"{where}: has a task, and the file's first record has none; divide them")
     instruction = _instruction(record, where)
     name = hashlib.sha256(instruction.encode()).hexdigest()[:12]
     return f"alpaca_{name}", NO_CATEGORY, instruction
@@ -307,27 +249,3 @@ def _text(record: Record, field: str, where: str) -> str:
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-@lru_cache(maxsize=1)
-def _json_list(path: str) -> list[Any]:
-    content = read_json_file(path)
-    if not isinstance(content, list):
-        raise DataError(f"{path}: is not a JSON list; name a JSONL file .jsonl")
-    return content
-
-
-@lru_cache(maxsize=1)
-def _hub_dataset(path: str, revision: str | None) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, revision=revision, split="train")
-    # Whatever the hub, the network or the cache raises, it is the data that can't be had.
-    except Exception as error:
-        lines = str(error).splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise DataError(
-            f"data.path={path}: can't be loaded from the hub ({reason});"
-            " check the id, the revision and the connection"
-        ) from error

@@ -8,12 +8,13 @@ import json
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tagi_ray.errors import DataError
+from tagi_ray.remote_files import read_bytes
 from tagi_ray.sections import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,7 @@ def _normalised(text: str) -> str:
 def read_names(path: str) -> list[str]:
     """Task names of a split file, one per line; empty lines are skipped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); name another file") from error
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}); convert the file") from error
     names = [
@@ -100,9 +99,11 @@ def listed_names(settings: DataSettings) -> set[str] | None:
 
 
 def split_tasks(tasks: Sequence[Task], settings: DataSettings, seed: int) -> dict[str, SplitName]:
-    """Assign each task to train, valid or test; a task in neither list of names is left out.
+    """Assign each task to train, valid or test; a task in neither list of names is left out, and so
+    is one of a category that is not trained on.
 
     Validation tasks are drawn from the training tasks by `seed`, in proportion over the categories.
+    Raises DataError for names that match nothing, and where no training task is left.
     """
     by_name = {task.name: task for task in tasks}
     test = _held_out(by_name, settings)
@@ -126,6 +127,7 @@ def split_tasks(tasks: Sequence[Task], settings: DataSettings, seed: int) -> dic
             f"no training task is left of {len(by_name)} tasks in {settings.path};"
             " hold out fewer tasks or name others"
         )
+    train = _of_categories([by_name[name] for name in train], settings)
     valid = _carve([by_name[name] for name in train], settings.valid_fraction, seed)
     split: dict[str, SplitName] = dict.fromkeys(sorted(train - valid), "train")
     split.update(dict.fromkeys(sorted(valid), "valid"))
@@ -163,6 +165,35 @@ def _held_out(by_name: dict[str, Task], settings: DataSettings) -> set[str]:
             f" {names[0]!r} for one" + _nearest(names[0], by_name)
         )
     return test
+
+
+def _of_categories(train: list[Task], settings: DataSettings) -> set[str]:
+    """Return the training tasks of the categories that `data.train_categories` asks for."""
+    wanted = settings.train_categories
+    if wanted == "all":
+        return {task.name for task in train}
+    sizes = Counter(task.category for task in train)
+    if isinstance(wanted, int):
+        if wanted > len(sizes):
+            raise DataError(
+                f"data.train_categories={wanted}, and the training tasks of {settings.path} have"
+                f" {len(sizes)} categories: ask for at most {len(sizes)}, or all"
+            )
+        chosen = set(sorted(sizes, key=lambda category: (-sizes[category], category))[:wanted])
+    else:
+        for category in wanted:
+            if category not in sizes:
+                raise DataError(
+                    f"data.train_categories: {category!r} is no category of the training tasks of"
+                    f" {settings.path}" + _nearest(category, sizes)
+                )
+        chosen = set(wanted)
+    kept = {task.name for task in train if task.category in chosen}
+    logger.info(
+        "%d of %d training tasks are of the %d categories of data.train_categories",
+        len(kept), len(train), len(chosen),
+    )  # fmt: skip
+    return kept
 
 
 def _carve(train: list[Task], fraction: float, seed: int) -> set[str]:

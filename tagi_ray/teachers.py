@@ -97,13 +97,19 @@ def _teacher_of(manifest: Manifest, role: Role, per: Per) -> dict[str, str]:
 
 
 def finished(folder: Path) -> dict[str, TeacherRecord]:
-    """Return the teachers that a store holds, by name; none where there is no store yet."""
+    """Return the teachers that a store holds, by name; none where there is no store yet.
+
+    Raises AdapterError for a damaged index.
+    """
     if not (folder / INDEX).exists():
         return {}
-    return {
-        name: TeacherRecord(**{**entry, "tasks": tuple(entry["tasks"])})
-        for name, entry in _read_index(folder)["teachers"].items()
-    }
+    try:
+        return {
+            name: TeacherRecord(**{**entry, "tasks": tuple(entry["tasks"])})
+            for name, entry in _read_index(folder)["teachers"].items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise AdapterError(_damaged(folder, f"{type(error).__name__}: {error}")) from error
 
 
 def write_teachers(
@@ -173,7 +179,8 @@ def read_teachers(
         )
     names = sorted(records)
     for name in names:
-        if file_hash(folder / name / WEIGHTS_FILE) != records[name].sha256:
+        weights = folder / name / WEIGHTS_FILE
+        if not weights.is_file() or file_hash(weights) != records[name].sha256:
             raise AdapterError(
                 f"{folder / name / WEIGHTS_FILE} is not what was trained: remove {folder} and"
                 " train the teachers again"
@@ -194,9 +201,17 @@ def _read_index(folder: Path) -> Mapping[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such file; train the teachers first") from error
+    except ValueError as error:
+        raise AdapterError(_damaged(folder, str(error))) from error
+    if not isinstance(content, dict):
+        raise AdapterError(_damaged(folder, "no JSON object"))
     if content.get("version") != FORMAT_VERSION:
         raise AdapterError(
             f"{path}: format {content.get('version')} is not {FORMAT_VERSION}: remove {folder} and"
             " train the teachers again"
         )
     return content
+
+
+def _damaged(folder: Path, reason: str) -> str:
+    return f"{folder / INDEX} is damaged ({reason}): remove {folder} and train the teachers again"

@@ -20,7 +20,7 @@ from torch import Tensor
 from tagi_ray import history
 from tagi_ray.batches import Batch, local_batches
 from tagi_ray.errors import TrainingError
-from tagi_ray.metrics import StepMeter
+from tagi_ray.metrics import StepMeter, peak_flops
 from tagi_ray.objectives import Objective, Totals
 from tagi_ray.order import OrderPlan
 from tagi_ray.stages import Stage, StageSpec, build_stage, fingerprint
@@ -40,7 +40,7 @@ class Worker:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: Callable[..., Iterator[Batch]] = local_batches
     report: Callable[[Record], None] = lambda record: None
-    """Called on all ranks at each checkpoint."""
+    """Called on all ranks with each record of the metrics; speeds in it are the rank's own."""
 
 
 def run_stage(spec: StageSpec, worker: Worker) -> None:
@@ -67,13 +67,15 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
     stream = _draw(spec, stage, worker, stage.plan, first * groups, settings.steps * groups)
     accumulation = groups // settings.micro_groups // worker.world
     validation = _validation_batches(spec, stage, worker)
-    meter = StepMeter(settings.steps, first)
+    peak = peak_flops(worker.device, spec.experiment.backbone.dtype)
+    meter = StepMeter(settings.steps, first, device=worker.device, world=worker.world, peak=peak)
 
     for step in range(first + 1, settings.steps + 1):
         # --- one optimiser step: its micro-batches first, the loss is divided by counts of them all
         with meter.waiting():
             batches = list(islice(stream, accumulation))
-        losses = _losses(stage, batches, worker, train=True)
+        with meter.counting():
+            losses = _losses(stage, batches, worker, forwards=accumulation, train=True)
         _refuse_non_finite(spec, step, losses)
         update = stage.engine.step()
         _refuse_non_finite(spec, step, update)
@@ -82,24 +84,22 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
         progress.step, progress.done = step, step == settings.steps
 
         # --- once in a while: validate, log, save
-        valid = {}
+        valid: Record = {}
         if validation and (progress.done or _due(step, settings.valid_every)):
-            with torch.no_grad():
-                valid["valid_loss"] = _losses(stage, validation, worker, train=False)["loss"]
-        improved = bool(valid) and (
-            progress.best is None or valid["valid_loss"] < progress.best["valid_loss"]
-        )
-        if improved:
-            progress.best = {"step": step, **valid}
+            valid["valid_loss"] = _validate(stage, validation, worker)
+        improved = progress.improved(valid)
+        record: Record = {}
         if valid or progress.done or _due(step, settings.log_every):
-            record = {"step": step, **progress.take(), **valid, **update, **meter.read()}
+            values = {"step": step, **progress.take(), **valid, **update, **meter.read()}
+            record = history.record(spec, values)
             if worker.rank == 0:
                 history.append(spec, record)
         if improved or progress.done or _due(step, settings.save_every):
             state = stage.engine.state()
             if worker.rank == 0:
                 history.save(spec, identity, progress, state)
-            worker.report({"stage": spec.name, "step": step, **losses})
+        if record:
+            worker.report(record)
     stage.engine.close()
 
 
@@ -119,10 +119,10 @@ def _draw(
     spec: StageSpec, stage: Stage, worker: Worker, plan: OrderPlan, start: int, stop: int
 ) -> Iterator[Batch]:
     return worker.batches(
-        spec.run_folder / "shards",
+        spec.shards,
         plan,
         spec.run_folder / "tokenizer",
-        spec.experiment.data,
+        spec.data,
         start_position=start,
         stop_position=stop,
         micro_groups=spec.settings.micro_groups,
@@ -142,10 +142,25 @@ def _validation_batches(spec: StageSpec, stage: Stage, worker: Worker) -> list[B
     return list(_draw(spec, stage, here, plan, 0, count))
 
 
-def _losses(stage: Stage, batches: list[Batch], worker: Worker, *, train: bool) -> dict[str, float]:
+@torch.no_grad()
+def _validate(stage: Stage, batches: list[Batch], worker: Worker) -> float:
+    """Return the loss over all ranks' validation batches.
+
+    On sharded weights all ranks must run as many forwards as the one with the most batches.
+    """
+    mine = torch.zeros(worker.world, device=worker.device)
+    mine[worker.rank] = len(batches)
+    (counts,) = sum_over_ranks([mine])
+    return _losses(stage, batches, worker, forwards=int(counts.max()))["loss"]
+
+
+def _losses(
+    stage: Stage, batches: list[Batch], worker: Worker, *, forwards: int, train: bool = False
+) -> dict[str, float]:
     """Return the loss over all ranks' batches, its parts, and how many texts were read and cut.
 
-    `tokens` counts what was read, `cut_texts` the texts that were longer than allowed.
+    `tokens` counts what was read, `cut_texts` the texts that were longer than allowed. A rank with
+    fewer batches than `forwards` runs its last one again, and drops what comes out.
     """
     counts = {
         "tokens": float(sum(_tokens(batch) for batch in batches)),
@@ -154,11 +169,13 @@ def _losses(stage: Stage, batches: list[Batch], worker: Worker, *, train: bool) 
     batches = [batch.to(worker.device) for batch in batches]
     totals = _totals(stage.objective, batches)
     sums: dict[str, Tensor] = {}
-    for batch in batches:
+    for number in range(forwards):
         with ExitStack() as scope:
-            share = stage.engine.forward(batch, totals, scope)
+            share = stage.engine.forward(batches[min(number, len(batches) - 1)], totals, scope)
             if train:
                 stage.engine.backward(share.loss)
+        if number >= len(batches):
+            continue
         for name, part in {"loss": share.loss.detach(), **share.parts}.items():
             sums[name] = sums[name] + part if name in sums else part
     sums |= {name: torch.tensor(count, device=worker.device) for name, count in counts.items()}

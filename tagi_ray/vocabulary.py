@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tagi_ray.errors import ConfigError, DataError
+from tagi_ray.hub import tokenizer_folder
 from tagi_ray.sections import BackboneSettings
 
 TOKENIZER = "tokenizer.json"
@@ -80,14 +81,16 @@ def prepare_tokenizer(settings: BackboneSettings, shards_folder: Path, out_folde
         )
     else:
         # A tokenizer of its own has revisions of its own; the revision names the backbone's.
-        _convert(name, None if settings.tokenizer else settings.revision, out_folder)
+        field = "backbone.tokenizer" if settings.tokenizer else "backbone.path"
+        revision = None if settings.tokenizer else settings.revision
+        _convert(name, tokenizer_folder(field, name, revision), out_folder)
 
 
-def _convert(name: str, revision: str | None, out_folder: Path) -> None:
+def _convert(name: str, folder: Path, out_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True)
+        loaded = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(

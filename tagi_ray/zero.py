@@ -1,19 +1,16 @@
 """Engines: what one optimiser step does with gradients, over all ranks.
 
 `ZeroEngine` trains the parameters of a model with DeepSpeed's ZeRO; this is the only module that
-imports DeepSpeed. `BankEngine` trains the factors of teachers, which are no parameters of a model.
-Both save and restore a portable state: full fp32 values and moments by parameter name, the same
-for every number of ranks and every stage, the same on every rank.
-
-Axes: K slots of a bank.
+imports DeepSpeed. Its state is portable: full fp32 values and moments by parameter name, the same
+for every number of ranks and every stage. `FrozenModel` runs what other engines train tensors for.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +19,14 @@ from torch import Tensor, nn
 
 from tagi_ray.batches import Batch
 from tagi_ray.errors import CheckpointError
-from tagi_ray.lora import LoraBank
 from tagi_ray.objectives import LossParts, Objective, Totals
-from tagi_ray.optim import SlotAdamW, build_optimizer, clip_gradients, rate_factor
-from tagi_ray.sections import StageSettings
+from tagi_ray.optim import build_optimizer, clip_gradients, rate_factor
+from tagi_ray.sections import ResourceSettings, StageSettings
 
 State = dict[str, Tensor]
+
+LIVE_WEIGHTS = 50_000_000
+"""Weights that stay gathered on a rank at stage 3, for their next use."""
 
 
 class Engine(Protocol):
@@ -69,26 +68,75 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def deepspeed_config(
-    settings: StageSettings, zero_stage: int, world: int, *, bfloat16: bool = False
+    settings: StageSettings, resources: ResourceSettings, world: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a training stage on `world` ranks.
 
-    `bfloat16` says that the trained parameters themselves are bfloat16: DeepSpeed then keeps their
-    fp32 master copies, which needs ZeRO, so that stage 0 becomes stage 2. A frozen backbone in
-    bfloat16 below fp32 parameters needs nothing.
+    dtype: that of the trained parameters. In bfloat16 DeepSpeed keeps fp32 master copies of them,
+    which needs ZeRO, so that stage 0 becomes stage 2. A frozen backbone in bfloat16 below fp32
+    parameters needs nothing.
     """
-    stage = 2 if bfloat16 and zero_stage == 0 else zero_stage
+    bfloat16 = dtype == torch.bfloat16
+    stage = 2 if bfloat16 and resources.zero_stage == 0 else resources.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        # By default a thousand million weights stay gathered, and as long a buffer waits for
+        # gradients: more than most backbones and all hypernetworks have.
+        "stage3_max_live_parameters": LIVE_WEIGHTS,
+        "stage3_max_reuse_distance": LIVE_WEIGHTS,
+        "stage3_prefetch_bucket_size": LIVE_WEIGHTS // 2,
+        "reduce_bucket_size": LIVE_WEIGHTS // 2,
+    }
+    if resources.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if resources.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_batch_size": settings.groups,
         "train_micro_batch_size_per_gpu": settings.micro_groups,
         "gradient_accumulation_steps": settings.groups // (settings.micro_groups * world),
         # At stage 0 the engine clips itself: DeepSpeed does not tell the norm there.
         "gradient_clipping": settings.optimizer.clip_norm if stage else 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # Its own optimiser for offloaded state has to be compiled; torch's runs on the CPU too.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bfloat16},
         "steps_per_print": 2**31,
     }
+
+
+@contextmanager
+def sharded_loading(
+    settings: StageSettings, resources: ResourceSettings, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """At stage 3, shard pretrained weights over the ranks while they are read in the block.
+
+    No rank ever holds them whole; without it each would, before the engine shards them. dtype:
+    that of the weights.
+    """
+    if resources.zero_stage < 3:
+        yield
+        return
+    deepspeed = _import_deepspeed(device)
+    from transformers.integrations import HfDeepSpeedConfig
+
+    join_process_group(device)
+    deepspeed.init_distributed(dist_init_required=False)  # else it takes itself to be alone
+    config = deepspeed_config(settings, resources, dist.get_world_size(), dtype)
+    kept = HfDeepSpeedConfig(config)  # transformers asks for it while it lives
+    try:
+        yield
+    finally:
+        del kept
+
+
+def join_process_group(device: torch.device) -> None:
+    """Make a process group of this process alone, unless there is one already."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 class StageModule(nn.Module):
@@ -98,40 +146,40 @@ class StageModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.anchor: nn.Parameter | None = None
 
     def forward(
         self, batch: Batch, totals: Totals, scope: ExitStack
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts."""
         result = self.objective.loss(self.model, batch, totals, scope)
-        return result.loss, result.parts
+        if self.anchor is None:
+            return result.loss, result.parts
+        return result.loss + 0.0 * self.anchor.sum(), result.parts
 
 
 class ZeroEngine:
-    """Trains the parameters of a model, ZeRO stage 0, 1 or 2."""
+    """Trains the parameters of a model, ZeRO stage 0 to 3."""
 
     def __init__(
         self,
         model: Any,
         objective: Objective,
         settings: StageSettings,
-        zero_stage: int,
+        resources: ResourceSettings,
         learning_rate: float,
         device: torch.device,
     ) -> None:
         """The process group of all ranks must exist; alone, the engine makes one."""
         deepspeed = _import_deepspeed(device)
-        if not dist.is_initialized():
-            os.environ.setdefault("LOCAL_RANK", "0")
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join_process_group(device)
         self.parameters: dict[str, nn.Parameter] = model.trainable()
-        bfloat16 = all(p.dtype == torch.bfloat16 for p in self.parameters.values())
+        (dtype,) = {parameter.dtype for parameter in self.parameters.values()}
         world = dist.get_world_size()
-        config = deepspeed_config(settings, zero_stage, world, bfloat16=bfloat16)
+        config = deepspeed_config(settings, resources, world, dtype)
         self.settings, self.learning_rate = settings, learning_rate
         self.steps = 0
-        self._sharded = config["zero_optimization"]["stage"] > 0
+        self._stage: int = config["zero_optimization"]["stage"]
         self._accumulation = config["gradient_accumulation_steps"]
         # DeepSpeed averages over ranks and micro-batches, while shares of a loss add up.
         self._scale = float(world * self._accumulation)
@@ -139,9 +187,8 @@ class ZeroEngine:
         self._client = build_optimizer(
             self.parameters.values(), settings.optimizer, self.learning_rate
         )
-        module = StageModule(model, objective).to(device)
         self._engine, *_ = deepspeed.initialize(
-            model=module,
+            model=StageModule(model, objective).to(device),
             model_parameters=list(self.parameters.values()),
             optimizer=self._client,
             config=config,
@@ -168,7 +215,7 @@ class ZeroEngine:
         for group in self._client.param_groups:
             group["lr"] = rate
         norm = None
-        if not self._sharded:
+        if not self._stage:
             norm = clip_gradients(self.parameters.values(), self.settings.optimizer.clip_norm)
         self._engine.step()
         self._pending = 0
@@ -178,13 +225,17 @@ class ZeroEngine:
         return {"grad_norm": norm, "learning_rate": rate}
 
     def state(self) -> State:
-        """Return weights and moments of every parameter, gathered over the ranks."""
+        """Return weights and moments of every parameter, gathered over the ranks, on rank 0.
+
+        The other ranks take part and get nothing: for a large model it is more than each can hold.
+        """
         state = {"step": torch.tensor(self.steps)}
         for name, parameter in self.parameters.items():
-            kinds = self._gathered(parameter) if self._sharded else self._own(parameter)
-            for kind, value in kinds.items():
-                state[f"{kind}.{name}"] = value.detach().float().cpu().clone()
-        return state
+            kinds = self._gathered(parameter) if self._stage else self._own(parameter)
+            if dist.get_rank() == 0:
+                for kind, value in kinds.items():
+                    state[f"{kind}.{name}"] = value.detach().float().cpu().clone()
+        return state if dist.get_rank() == 0 else {}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -194,14 +245,14 @@ class ZeroEngine:
             raise CheckpointError(f"the checkpoint has no values of {', '.join(missing[:3])}")
         self.steps = int(state["step"])
         kinds = sorted({key.split(".", 1)[0] for key in state} - {"model", "step"})
-        if self._sharded and self.steps:
+        if self._stage and self.steps:
             self._make_moments(kinds)
         for name, parameter in self.parameters.items():
-            value = state[f"model.{name}"].to(parameter.device)
-            parameter.data.copy_(value)
+            value = state[f"model.{name}"].to(self._engine.device)
             moments = {k: state[f"{k}.{name}"] for k in kinds if f"{k}.{name}" in state}
-            moments = {kind: moment.to(parameter.device) for kind, moment in moments.items()}
-            if self._sharded:
+            moments = {kind: moment.to(self._engine.device) for kind, moment in moments.items()}
+            self._set_weight(parameter, value)
+            if self._stage:
                 self._set_gathered(parameter, value, moments)
             elif moments:
                 steps = state[f"step.{name}"].clone()
@@ -218,98 +269,114 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         values: dict[str, Any] = {"model": safe_get_full_fp32_param(parameter)}
-        flat = self._client.state.get(self._client.param_groups[0]["params"][0])
+        flat = self._client.state.get(self._flat_shards()[0])
         if flat:
             for kind in sorted(set(flat) - {"step"}):
                 values[kind] = safe_get_full_optimizer_state(parameter, kind)
             values["step"] = flat["step"]
+        for kind, value in values.items():
+            if kind != "step" and value.shape != self._shape(parameter):
+                raise RuntimeError(f"gathered {kind} of shape {list(value.shape)}, not whole")
         return values
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the whole shape of a parameter, which at stage 3 is empty between its uses."""
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _flat_shards(self) -> list[Tensor]:
+        """Return this rank's shards, each of many parameters, as the optimiser sees them."""
+        if self._stage == 3:
+            return self._engine.optimizer.fp32_partitioned_groups_flat
+        return [flat for group in self._client.param_groups for flat in group["params"]]
+
+    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(value)
 
     def _make_moments(self, kinds: list[str]) -> None:
         """Create this rank's shard of the moments, which otherwise the first update creates."""
-        for group in self._client.param_groups:
-            for flat in group["params"]:
-                moments = {kind: torch.zeros_like(flat) for kind in kinds}
-                step = torch.tensor(float(self.steps))
-                self._client.state[flat] = {"step": step, **moments}
-        # No public function links the shards to their parameters before the first update.
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for flat in self._flat_shards():
+            moments = {kind: torch.zeros_like(flat) for kind in kinds}
+            step = torch.tensor(float(self.steps))
+            self._client.state[flat] = {"step": step, **moments}
+        if self._stage < 3:
+            # No public function links the shards to their parameters before the first update.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_gathered(self, parameter: nn.Parameter, value: Tensor, moments: State) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
-        safe_set_full_fp32_param(parameter, value)
+        if self._stage < 3:
+            utils.safe_set_full_fp32_param(parameter, value)
+            for kind, moment in moments.items():
+                utils.safe_set_full_optimizer_state(parameter, moment, kind)
+            return
+        # The functions for whole tensors fail where the ranks' shards are not of equal size.
+        utils.safe_set_local_fp32_param(parameter, self._own_shard(parameter, value))
         for kind, moment in moments.items():
-            safe_set_full_optimizer_state(parameter, moment, kind)
+            shard = self._own_shard(parameter, moment)
+            utils.safe_set_local_optimizer_state(parameter, shard, kind)
+
+    def _own_shard(self, parameter: Any, value: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, filled up with zeros at the end."""
+        size = parameter.ds_tensor.numel()
+        flat = value.flatten().float()
+        flat = nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+        return flat.narrow(0, size * dist.get_rank(), size)
 
 
-class BankEngine:
-    """Trains the factors of a bank, each slot as if it were alone; gradients summed over ranks."""
+class FrozenModel:
+    """Runs a model with no trained parameters of its own; at stage 3 its weights are sharded."""
 
     def __init__(
         self,
         model: Any,
         objective: Objective,
-        bank: LoraBank,
         settings: StageSettings,
-        learning_rate: float,
+        resources: ResourceSettings,
+        device: torch.device,
     ) -> None:
-        """`bank`: leaf tensors that require gradients, the ones that the objective trains."""
-        self.model, self.objective = model, objective
-        tensors = {f"{name}.lora_A": factor for name, factor in bank.a.items()}
-        tensors |= {f"{name}.lora_B": factor for name, factor in bank.b.items()}
-        steps_K = slot_steps(settings.steps, settings.groups, bank.slots)
-        self.optimizer = SlotAdamW(tensors, settings.optimizer, steps_K, learning_rate)
-        self._active_K = torch.zeros(bank.slots, device=next(iter(bank.a.values())).device)
+        self._module = StageModule(model, objective)
+        self._engine: Any = None
+        if resources.zero_stage == 3:
+            deepspeed = _import_deepspeed(device)
+            join_process_group(device)
+            # An engine wants a parameter of its own to train, and a part of the loss.
+            self._module.anchor = nn.Parameter(torch.zeros(1))
+            anchors = [self._module.anchor]
+            config = deepspeed_config(settings, resources, dist.get_world_size(), torch.float32)
+            self._scale = float(config["gradient_accumulation_steps"])
+            self._engine, *_ = deepspeed.initialize(
+                model=self._module.to(device),
+                model_parameters=anchors,
+                optimizer=torch.optim.SGD(anchors, lr=0.0),
+                config=config,
+                dist_init_required=False,
+            )
 
     def forward(self, batch: Batch, totals: Totals, scope: ExitStack) -> LossParts:
         """Return the micro-batch's share of the step's loss."""
-        if torch.is_grad_enabled():
-            self._active_K[batch.slots_K] = 1
-        return self.objective.loss(self.model, batch, totals, scope)
+        engine: Any = self._engine if torch.is_grad_enabled() else None
+        return LossParts(*(engine or self._module)(batch, totals, scope))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch."""
-        loss.backward()
-
-    def step(self) -> dict[str, float]:
-        """Update the slots that any rank had rows of; norm and rate are means over these."""
-        tensors = list(self.optimizer.tensors.values())
-        gradients = [
-            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors
-        ]
-        active_K, *summed = sum_over_ranks([self._active_K, *gradients])
-        for tensor, gradient in zip(tensors, summed, strict=True):
-            tensor.grad = gradient
-        chosen_K = active_K > 0
-        rates_K = torch.tensor(self.optimizer.rates_K())
-        norms_K = self.optimizer.step(chosen_K)
-        self._active_K.zero_()
-        return {
-            "grad_norm": float(norms_K[chosen_K].mean()),
-            "learning_rate": float(rates_K[chosen_K.cpu()].mean()),
-        }
-
-    def state(self) -> State:
-        """Return factors, moments and steps by slot."""
-        return self.optimizer.state()
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Set factors, moments and steps by slot."""
-        self.optimizer.restore(state)
+        """Add the gradients of one micro-batch to the tensors that the objective trains."""
+        if self._engine is None:
+            loss.backward()
+        else:
+            self._engine.backward(loss * self._scale)  # it divides by the accumulation
+            self._engine.step()
 
     def close(self) -> None:
-        """Nothing is held."""
-
-
-def slot_steps(steps: int, groups: int, slots: int) -> list[int]:
-    """Return how many of the optimiser steps have rows of each slot, [K].
-
-    Position p belongs to slot p mod `slots`, and step t has positions t*groups to (t+1)*groups.
-    """
-    if groups >= slots:
-        return [steps] * slots
-    return [(steps * groups - 1 - slot) // slots + 1 for slot in range(slots)]
+        """Release DeepSpeed's buffers and hooks."""
+        if self._engine is not None:
+            self._engine.destroy()
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -10,6 +10,7 @@ import torch
 from tagi_ray import checkpoint, history
 from tagi_ray.backbone import load_backbone
 from tagi_ray.config import Experiment
+from tagi_ray.corpus import write_corpus
 from tagi_ray.report import read_records
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import read_manifest
@@ -32,9 +33,11 @@ STAGE = {
 def tiny_experiment(storage: Path, **changes: Any) -> Experiment:
     """An experiment; `changes` replace whole sections, or fields of all stages.
 
-    `taught=True` lets finetuning learn from the teachers that `write_random_teachers` writes.
+    `taught=True` lets finetuning learn from the teachers that `write_random_teachers` writes, and
+    `pretrain=` fields, the path of raw text among them, lets it start from pretrained weights.
     """
     taught = changes.pop("taught", False)
+    pretrain = changes.pop("pretrain", None)
     sections = {key: changes.pop(key) for key in ("resources", "seeds") if key in changes}
     stage = {**STAGE, **changes}
     bank = {name: value for name, value in stage.items() if not name.startswith("valid_")}
@@ -63,6 +66,7 @@ def tiny_experiment(storage: Path, **changes: Any) -> Experiment:
             "hypernetwork": {"width": 16, "layers": 1, "heads": 2, "capacity": 4},
             "teachers": {**bank, "enabled": taught},
             "oracle": bank,
+            "pretrain": {**stage, "enabled": True, "instances": 1, **pretrain} if pretrain else {},
             "finetune": stage,
             "metatrain": {**stage, "optimizer": optimizer, "learning_rates": rates},
             **sections,
@@ -76,6 +80,8 @@ def tiny_run(experiment: Experiment) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     write_shards(experiment.data, run / "shards", seed=0, parallel=False)
     prepare_tokenizer(experiment.backbone, run / "shards", run / "tokenizer")
+    if experiment.pretrain.enabled:
+        write_corpus(experiment.pretrain, run / "tokenizer", run / "corpus")
     return run
 
 
@@ -119,7 +125,7 @@ def trained(spec: StageSpec) -> dict[str, Any]:
     assert path is not None
     tensors, meta = checkpoint.load(path)
     assert meta["progress"]["done"]
-    timing = {"tokens_per_second", "step_time", "data_wait", "seconds_left"}
+    timing = {"tokens_per_second", "step_time", "data_wait", "seconds_left", "peak_memory"}
     records = [
         {name: value for name, value in record.items() if name not in timing}
         for record in read_records(spec.run_folder / history.METRICS)

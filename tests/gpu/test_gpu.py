@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tagi_ray import objectives
 from tagi_ray.batches import Batch
 from tagi_ray.model import TagiModel
-from tagi_ray.sections import DistillationSettings, StageSettings
+from tagi_ray.sections import DistillationSettings, ResourceSettings, StageSettings
 from tagi_ray.zero import ZeroEngine
 from tests.models import fill, random_batch, random_model
 
@@ -88,16 +86,8 @@ def test_bank_with_zero_b_is_the_backbone_bit_for_bit(dtype: torch.dtype):
         assert not torch.equal(logits(model, batch), bare)
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """The engines of a test make the group and share it; the next test makes its own."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def zero_losses(stage: int) -> list[float]:
-    """Return the losses of three steps on one batch."""
+def zero_losses(resources: ResourceSettings, dtype: torch.dtype = torch.float32) -> list[float]:
+    """Return the losses of three steps on one batch, above a frozen backbone of a dtype."""
     settings = StageSettings.model_validate(
         {
             "steps": 3, "groups": 3, "micro_groups": 3, "instances": 3,
@@ -105,7 +95,9 @@ def zero_losses(stage: int) -> list[float]:
         }
     )  # fmt: skip
     rate = settings.optimizer.learning_rate
-    engine = ZeroEngine(random_model(), FINETUNE, settings, stage, rate, DEVICE)
+    model = random_model()
+    model.backbone.to(dtype)
+    engine = ZeroEngine(model, FINETUNE, settings, resources, rate, DEVICE)
     batch = random_batch(tasks=3, slots=False).to(DEVICE)
     totals = FINETUNE.denominators(batch)
     losses = []
@@ -119,8 +111,23 @@ def zero_losses(stage: int) -> list[float]:
     return losses
 
 
-@pytest.mark.usefixtures("process_group")
-def test_zero_stages_0_and_2_take_the_same_steps():
-    plain, sharded = zero_losses(0), zero_losses(2)
+SHARDINGS = [
+    *(ResourceSettings(zero_stage=stage) for stage in (1, 2, 3)),
+    ResourceSettings(zero_stage=2, offload_optimizer=True),
+    ResourceSettings(zero_stage=3, offload_optimizer=True, offload_parameters=True),
+]
+
+
+@pytest.mark.parametrize("resources", SHARDINGS, ids=lambda r: f"stage {r.zero_stage}")
+def test_zero_stages_take_the_same_steps(resources: ResourceSettings):
+    plain, sharded = zero_losses(ResourceSettings()), zero_losses(resources)
     assert plain[2] < plain[1] < plain[0]
     assert sharded == pytest.approx(plain, rel=FLOAT32_LOSS)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_steps_above_a_bfloat16_backbone_are_those_above_a_float32_one(stage: int):
+    resources = ResourceSettings.model_validate({"zero_stage": stage})
+    exact, rounded = zero_losses(resources), zero_losses(resources, torch.bfloat16)
+    assert rounded == pytest.approx(exact, rel=4 * BFLOAT16_LOSS)
+    assert rounded != exact

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tagi_ray import checkpoint, history
+from tagi_ray.cluster import connect
 from tagi_ray.errors import ConfigError, TrainingError
-from tagi_ray.launch import connect, fit
+from tagi_ray.launch import fit
 from tagi_ray.report import read_records
 from tagi_ray.stages import Kind, StageSpec
 from tagi_ray.train_loop import Worker, run_stage
@@ -122,8 +124,9 @@ def test_stages_of_one_fit_continue_with_more_workers(
     class Killed(Exception):
         pass
 
-    def stop(record: object) -> None:
-        raise Killed
+    def stop(record: Mapping[str, Any]) -> None:
+        if record["step"] > 3:
+            raise Killed
 
     first = elsewhere(alone("finetune"), tmp_path)
     with pytest.raises(Killed):
@@ -162,16 +165,19 @@ def test_the_error_of_a_worker_reaches_the_driver(
 @pytest.mark.usefixtures("ray_session")
 def test_too_small_a_cluster_is_refused_with_the_number(tmp_path: Path) -> None:
     resources = {"workers": 4, "cpus_per_worker": 3}
-    with pytest.raises(ConfigError, match=r"needs 13 CPUs .* has 6"):
+    with pytest.raises(
+        ConfigError, match=r"needs 12 CPUs .* has at most 6 .* set resources\.workers=1,"
+    ):
         connect(tiny_experiment(tmp_path, groups=8, resources=resources))
-    with pytest.raises(ConfigError, match=r"needs 2 GPUs .* has 0"):
+    with pytest.raises(ConfigError, match=r"and 2 GPUs .* 0 GPUs .* not even one fits"):
         connect(tiny_experiment(tmp_path, resources={"workers": 2, "gpus_per_worker": 1}))
 
 
 DRIVER = """
 import sys
 from pathlib import Path
-from tagi_ray.launch import connect, fit
+from tagi_ray.cluster import connect
+from tagi_ray.launch import fit
 from tagi_ray.stages import StageSpec
 from tests.tiny_run import tiny_experiment
 experiment = tiny_experiment(

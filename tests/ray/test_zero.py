@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tagi_ray.bank_engine import BankEngine, slot_steps
 from tagi_ray.lora import LoraBank
 from tagi_ray.objectives import LossParts, Objective
 from tagi_ray.optim import build_optimizer, clip_gradients, rate_factor
-from tagi_ray.sections import StageSettings
-from tagi_ray.zero import (
-    BankEngine,
-    Engine,
-    ZeroEngine,
-    slot_steps,
-    sum_over_ranks,
-)
+from tagi_ray.sections import ResourceSettings, StageSettings
+from tagi_ray.zero import Engine, FrozenModel, ZeroEngine, sum_over_ranks
+from tests.ray.ranks import on_ranks
 
 GROUPS, FEATURES, STEPS = 8, 6, 6
 
@@ -68,7 +62,7 @@ OBJECTIVE = Objective(("input",), row_count, squared_error)
 def bank_objective(bank: LoraBank) -> Objective:
     def loss(model: Any, batch: Any, totals: dict[str, Tensor], scope: ExitStack) -> LossParts:
         a, b = bank.a["site"][batch.slots_K], bank.b["site"][batch.slots_K]
-        output = torch.einsum("kor,krd,kd->ko", b, a, batch.inputs)
+        output = torch.einsum("kor,krd,kd->ko", b, a, model.layer(batch.inputs))
         each = (output - batch.targets).square().sum(1)
         value = (each / totals["rows"][batch.slots_K]).sum()
         return LossParts(value, {"error": value.detach()})
@@ -123,29 +117,36 @@ def train(
     return losses
 
 
-def zero_worker(
-    folder: Path,
-    stage: int,
-    first: int,
-    last: int,
-    restore: str | None,
-    save: str | None,
-    options: dict[str, Any],
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Case:
+    """A training on some ranks, from the start or from a saved state."""
+
+    resources: dict[str, Any]
+    first: int = 0
+    last: int = STEPS
+    restore: str | None = None
+    save: str | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+def zero_worker(folder: Path, case: Case) -> dict[str, Tensor]:
     torch.manual_seed(dist.get_rank())  # ranks must agree through their data alone
-    chosen = settings(**options)
+    chosen = settings(**case.optimizer)
     model = Model()
-    rate = chosen.optimizer.learning_rate
-    engine = ZeroEngine(model, OBJECTIVE, chosen, stage, rate, torch.device("cpu"))
-    if restore:
+    if case.restore:
         with torch.no_grad():  # a fresh engine has other values: only the restored ones may count
             for parameter in model.trainable().values():
                 parameter.add_(1.0)
-        engine.restore(load_file(folder / restore))
-    losses = train(engine, OBJECTIVE, first, last, chosen.micro_groups)
+    resources = ResourceSettings.model_validate(case.resources)
+    rate = chosen.optimizer.learning_rate
+    engine = ZeroEngine(model, OBJECTIVE, chosen, resources, rate, torch.device("cpu"))
+    if case.restore:
+        engine.restore(load_file(folder / case.restore))
+    losses = train(engine, OBJECTIVE, case.first, case.last, chosen.micro_groups)
     state = engine.state()
-    if save and dist.get_rank() == 0:
-        save_file(state, folder / save)
+    assert bool(state) == (dist.get_rank() == 0)
+    if case.save and state:
+        save_file(state, folder / case.save)
     engine.close()
     return {"losses": torch.tensor(losses), **{k: v for k, v in state.items() if "model." in k}}
 
@@ -157,37 +158,27 @@ def start_bank() -> LoraBank:
     return LoraBank({"site": a}, {"site": b}, 1.0)
 
 
-def bank_worker(folder: Path) -> dict:
+class Frozen(nn.Module):
+    """The frozen layer that rows pass before they reach the bank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(FEATURES, FEATURES).requires_grad_(False)
+
+
+def bank_worker(folder: Path, stage: int) -> dict[str, Tensor]:
     bank = start_bank()
-    chosen, objective = settings(), bank_objective(bank)
-    engine = BankEngine(None, objective, bank, chosen, chosen.optimizer.learning_rate)
-    losses = train(engine, objective, 0, STEPS, chosen.micro_groups, slots=3)
-    return {"losses": torch.tensor(losses), **engine.state()}
-
-
-def _rank(rank: int, world: int, folder: Path, work: Callable[..., dict], arguments: tuple) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "rendezvous"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    save_file(work(folder, *arguments), folder / f"result_{rank}.safetensors")
-    dist.barrier()
-    # Not through the interpreter's teardown, which races with the threads of gloo's groups that
-    # DeepSpeed still holds, and then aborts the process.
-    os._exit(0)
-
-
-def on_ranks(
-    world: int, folder: Path, work: Callable[..., dict], *arguments: object
-) -> dict[str, Tensor]:
-    """Run a function on spawned ranks; what it returns must be the same on all of them."""
-    (folder / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_rank, (world, folder, work, arguments), nprocs=world)
-    results = [load_file(folder / f"result_{rank}.safetensors") for rank in range(world)]
-    for result in results[1:]:
-        for key, value in results[0].items():
-            assert torch.equal(value, result[key]), key
-    return results[0]
+    chosen = settings()
+    frozen = FrozenModel(
+        Frozen(), bank_objective(bank), chosen, ResourceSettings(zero_stage=stage),
+        torch.device("cpu"),
+    )  # fmt: skip
+    engine = BankEngine(frozen, bank, chosen, chosen.optimizer.learning_rate)
+    losses = train(engine, bank_objective(bank), 0, STEPS, chosen.micro_groups, slots=3)
+    state = engine.state()
+    engine.close()
+    return {"losses": torch.tensor(losses), **state}
 
 
 @pytest.fixture(scope="module")
@@ -215,44 +206,69 @@ def plain_run(**options: object) -> dict[str, Tensor]:
     return {"losses": torch.tensor(losses), **weights}
 
 
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_equal(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, what: str = ""
+) -> None:
     for key, value in expected.items():
-        torch.testing.assert_close(actual[key], value, rtol=tolerance, atol=tolerance, msg=key)
+        torch.testing.assert_close(
+            actual[key], value, rtol=tolerance, atol=tolerance, msg=f"{what} {key}: {actual[key]}"
+        )
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
+OFFLOADED = {"zero_stage": 2, "offload_optimizer": True}
+ALL_OFFLOADED = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+SHARDINGS: list[dict[str, Any]] = [
+    *({"zero_stage": stage} for stage in range(4)), OFFLOADED, ALL_OFFLOADED
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [1, 2])
 def test_ranks_and_accumulation_equal_plain_torch(
-    world: int, stage: int, plain: dict[str, Tensor], tmp_path: Path
+    world: int, plain: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    result = on_ranks(world, tmp_path, zero_worker, stage, 0, STEPS, None, None, {})
-    assert_equal(result, plain, 1e-5)
+    cases = [Case(resources) for resources in SHARDINGS]
+    for case, result in zip(cases, on_ranks(world, tmp_path, zero_worker, cases), strict=True):
+        assert_equal(result, plain, 1e-5, str(case.resources))
 
 
-@pytest.mark.parametrize(("stage", "new_world", "new_stage"), [(0, 1, 2), (2, 1, 0), (2, 2, 2)])
-def test_restored_run_continues_on_other_ranks_and_stage(
-    stage: int, new_world: int, new_stage: int, plain: dict[str, Tensor], tmp_path: Path
+def test_restored_run_continues_on_other_ranks_and_sharding(
+    plain: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    on_ranks(2, tmp_path, zero_worker, stage, 0, 3, None, "saved", {})
-    result = on_ranks(new_world, tmp_path, zero_worker, new_stage, 3, STEPS, "saved", None, {})
-    plain = {**plain, "losses": plain["losses"][3:]}
-    assert_equal(result, plain, 1e-5)
-    if (new_world, new_stage) == (2, stage):
-        whole = on_ranks(2, tmp_path, zero_worker, stage, 0, STEPS, None, None, {})
-        assert_equal(result, {**whole, "losses": whole["losses"][3:]}, 0.0)
+    saved = [Case(sharding, last=3, save=str(i)) for i, sharding in enumerate(SHARDINGS)]
+    on_ranks(2, tmp_path, zero_worker, saved)
+    expected = {**plain, "losses": plain["losses"][3:]}
+    other = [*SHARDINGS[3:], *SHARDINGS[:3]]  # each state goes on in another sharding
+    for world in (1, 2):
+        moved = [Case(sharding, first=3, restore=str(i)) for i, sharding in enumerate(other)]
+        for case, result in zip(moved, on_ranks(world, tmp_path, zero_worker, moved), strict=True):
+            assert_equal(result, expected, 1e-5, f"{case.restore} -> {case.resources}")
+
+
+def test_restored_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    shardings = [SHARDINGS[stage] for stage in (0, 2, 3)]
+    saved = [Case(sharding, last=3, save=str(i)) for i, sharding in enumerate(shardings)]
+    again = [Case(sharding, first=3, restore=str(i)) for i, sharding in enumerate(shardings)]
+    whole = [Case(sharding) for sharding in shardings]
+    results = on_ranks(2, tmp_path, zero_worker, [*saved, *again, *whole])
+    for continued, uninterrupted in zip(results[3:6], results[6:], strict=True):
+        expected = {**uninterrupted, "losses": uninterrupted["losses"][3:]}
+        assert_equal(continued, expected, 0.0)
 
 
 def test_adafactor_survives_a_restore(tmp_path: Path) -> None:
     options = {"name": "adafactor"}
-    on_ranks(1, tmp_path, zero_worker, 0, 0, 3, None, "saved", options)
-    result = on_ranks(2, tmp_path, zero_worker, 0, 3, STEPS, "saved", None, options)
+    on_ranks(1, tmp_path, zero_worker, [Case(SHARDINGS[0], last=3, save="s", optimizer=options)])
+    continued = Case(SHARDINGS[0], first=3, restore="s", optimizer=options)
+    (result,) = on_ranks(2, tmp_path, zero_worker, [continued])
     expected = plain_run(**options)
     assert_equal(result, {**expected, "losses": expected["losses"][3:]}, 1e-5)
 
 
-def test_bank_of_two_ranks_equals_one(tmp_path: Path) -> None:
-    one = on_ranks(1, tmp_path, bank_worker)
-    two = on_ranks(2, tmp_path, bank_worker)
-    assert_equal(two, one, 1e-5)
+def test_bank_is_the_same_on_two_ranks_and_above_sharded_weights(tmp_path: Path) -> None:
+    one, one_sharded = on_ranks(1, tmp_path, bank_worker, [0, 3])
+    two, two_sharded = on_ranks(2, tmp_path, bank_worker, [0, 3])
+    for other in (one_sharded, two, two_sharded):
+        assert_equal(other, one, 1e-5)
     assert one["losses"][-1] < one["losses"][0]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,3 +53,21 @@ def test_node_types_do_not_mix_up_gpus_and_spot(cluster):
     for node in workers.values():
         assert node["resources"]["GPU"] >= 1
         assert node["max_workers"] <= cluster["max_workers"]
+
+
+def test_the_runtime_environment_pins_every_dependency_as_the_constraints_do():
+    text = (ROOT / "cluster" / "runtime_env.yaml").read_text(encoding="utf-8")
+    runtime = RuntimeEnv(**yaml.safe_load(text))
+    pins = runtime.pip_config()["packages"]
+    assert set(pins) <= set((ROOT / "constraints.txt").read_text().splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {name(pin) for pin in pins} == {name(one) for one in project["dependencies"]} - {"ray"}
+
+
+def test_no_secret_and_no_environment_travels_in_the_runtime_environment():
+    text = (ROOT / "cluster" / "runtime_env.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text).keys() == {"pip", "config"}
+
+
+def name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")

@@ -81,6 +81,16 @@ def test_errors_survive_pickling(error, code):
         ({"oracle": {"optimizer": {"name": "adafactor"}}}, r"oracle\.optimizer.*adamw alone"),
         ({"hypernetwork": {"width": 30, "heads": 4}}, "width=30 is not a multiple"),
         ({"resources": {"zero_stage": 4}}, "0, 1, 2 or 3"),
+        ({"pretrain": {"enabled": True}}, r"pretrain\.path is not set: give pretrain\.path=PATH"),
+        ({"pretrain": {"instances": 2}}, r"pretrain\.instances=2: a group .* set pretrain\.insta"),
+        ({"pretrain": {"path": "http://x/y"}}, r"pretrain\.path=http://x/y: only local paths, s3"),
+        (
+            {
+                "resources": {"zero_stage": 3},
+                "pretrain": {"optimizer": {"name": "adafactor"}},
+            },
+            r"pretrain\.optimizer\.name=adafactor needs resources\.zero_stage=0, not 3",
+        ),
         (
             {"resources": {"zero_stage": 1}, "finetune": {"optimizer": {"name": "adafactor"}}},
             r"finetune\.optimizer\.name=adafactor needs resources\.zero_stage=0, not 1",
@@ -123,6 +133,26 @@ def test_what_could_only_fail_later_is_refused(changes, message):
             r"would not be read: set metatrain\.learning_rates=\[0\.5\]",
         ),
         ({"data": {"path": "x"}}, r"data\.path would not be read"),
+        (
+            {"data": {"source": "sni", "path": "x", "test_tasks": ["y"], "revision": "main"}},
+            r"data\.revision would not be read: only data\.source=hub",
+        ),
+        (
+            {"data": {"subset": "a", "hub_split": "valid"}},
+            r"data\.subset and data\.hub_split would not be read: only data\.source=hub",
+        ),
+        (
+            {"data": {"source": "records", "path": "http://x/y", "test_tasks": ["y"]}},
+            r"data\.path=http://x/y: only local paths, s3:// and gs:// are read",
+        ),
+        (
+            {"data": {"source": "sni", "path": "x", "test_tasks_file": "hdfs://x"}},
+            r"data\.test_tasks_file=hdfs://x: only local paths",
+        ),
+        (
+            {"data": {"source": "hub", "path": "s3://x/y", "test_tasks": ["y"]}},
+            r"data\.path=s3://x/y is no id of a hub dataset: give OWNER/NAME",
+        ),
         (
             {"data": {"test_tasks": ["x"], "train_tasks_file": "y"}},
             r"data\.train_tasks_file and data\.test_tasks would not be read",

@@ -1,7 +1,10 @@
 """Adapters written for stock PEFT, and read back with nothing taken on trust."""
 
 import json
+import math
 import os
+import resource
+import struct
 
 import pytest
 import torch
@@ -282,6 +285,79 @@ def test_links_are_refused(adapter, backbone, tmp_path):
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(AdapterError, match="is a link"):
+        read(adapter, backbone)
+
+
+def safetensors(shape: list[int], data: bytes = b"", length: int | None = None) -> bytes:
+    """A file whose header says what it likes of one tensor, or of its own length."""
+    end = 4 * math.prod(shape)
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors([10**6, 10**9]),
+        safetensors([4], b"too few bytes"),
+        safetensors([1], b"four", length=10**9),
+        safetensors([1], b"four", length=2**63),
+        struct.pack("<Q", 5) + b"{bad}",
+        b"\x00" * 7,
+    ],
+    ids=["bomb", "truncated", "overlong header", "absurd header", "no JSON", "no header"],
+)
+def test_a_lying_header_is_refused_before_anything_is_allocated(adapter, backbone, content):
+    (adapter / "adapter_model.safetensors").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors can't be read \("):
+        read(adapter, backbone)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+@pytest.mark.parametrize(
+    ("rank", "reason"), [(10**6, "has shape"), (10**9, "can't be read|has shape")]
+)
+def test_a_huge_rank_is_refused_from_the_header(adapter, backbone, rank, reason):
+    """Sparse files whose headers are true: only these may be read."""
+    path = adapter / "adapter_model.safetensors"
+    header, end = {}, 0
+    for name, value in load_file(path).items():
+        shape = [rank if size == LORA.rank else size for size in value.shape]
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterError, match=reason):
+        read(adapter, backbone)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+@pytest.mark.parametrize("rank", [10**6, -1, 0, "3", None, True, 3.5])
+def test_a_rank_that_is_not_the_runs_is_refused(adapter, backbone, rank):
+    edit_config(adapter, r=rank)
+    with pytest.raises(AdapterError, match=rf"r is {rank!r}, this run needs 3: use an adapter"):
+        read(adapter, backbone)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "adapter_config.json is not a JSON object: export the adapter again"),
+        ('"LORA"', "adapter_config.json is not a JSON object: export the adapter again"),
+        ("[" * 100_000, "adapter_config.json is not valid JSON"),
+        (b"\xff\xfe", "adapter_config.json is not valid JSON"),
+        (" " * (2 << 20), "adapter_config.json has more than 1048576 bytes"),
+    ],
+    ids=["list", "text", "deep", "not UTF-8", "large"],
+)
+def test_a_configuration_that_is_none_is_refused(adapter, backbone, content, reason):
+    path = adapter / "adapter_config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(AdapterError, match=reason):
         read(adapter, backbone)
 
 

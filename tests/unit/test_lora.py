@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from tagi_ray.backbone import FAMILIES, Backbone
+from tagi_ray.architecture import FAMILIES
+from tagi_ray.backbone import Backbone, EncodedInstruction
 from tagi_ray.errors import ConfigError
 from tagi_ray.lora import Binding, LoraBank, LoraLinear, bound, common_start, inject
 from tests.models import fill, random_backbone, random_bank, random_batch
@@ -182,3 +183,39 @@ def test_greedy_decoding_is_the_argmax_of_the_logits_with_and_without_checkpoint
     written = plain[..., 1:] != 0
     assert torch.equal(best[written], plain[..., 1:][written])
     assert len(plain[written.nonzero()[0][0]].unique()) > 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_instruction_projected_once_per_task_is_the_memory_of_each_row(family):
+    """Without checkpointing the memory comes as keys and values, with it as plain states."""
+    config = AutoConfig.for_model(
+        family, vocab_size=96, d_model=32, d_ff=48, d_kv=12, num_heads=2, num_layers=2,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    backbone, batch = Backbone(model, ("q", "k", "v"), family), random_batch()
+    bank = random_bank(backbone, requires_grad=True)
+    texts = batch.input_ids_KNS, batch.input_mask_KNS
+    states = backbone.encode(batch.instruction_ids_KI, batch.instruction_mask_KI).states_KID
+
+    def outcome() -> list[torch.Tensor]:
+        given = states.clone().requires_grad_()
+        instruction = EncodedInstruction(given, batch.instruction_mask_KI)
+        for factor in (*bank.a.values(), *bank.b.values()):
+            factor.grad = None
+        with backbone.bound(bank):
+            logits = backbone.logits(*texts, batch.target_ids_KNT, instruction)
+            logits.square().mean().backward()
+            decoded = backbone.decode_greedy(*texts, instruction, 6)
+        gradients = [factor.grad for factor in (*bank.a.values(), *bank.b.values())]
+        return [logits.detach(), decoded, given.grad, *gradients]
+
+    once = outcome()
+    backbone.checkpoint_activations()
+    for mine, plain in zip(once, outcome(), strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-7)

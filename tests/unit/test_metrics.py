@@ -6,18 +6,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
+from transformers import T5Config
 
 from tagi_ray.metrics import (
     Prediction,
     StepMeter,
     aggregate,
+    counted_flops,
     exact_match,
     normalize_answer,
+    peak_flops,
+    peak_of,
     rouge_l,
 )
+from tests.models import random_backbone, random_t5
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "metrics.json").read_text("utf-8"))
 
@@ -152,3 +158,99 @@ def test_step_meter_counts_a_wait_that_raises():
     with pytest.raises(StopIteration):
         wait_in_vain()
     assert meter.read()["data_wait"] == 1.0
+
+
+def t5_flops(config: T5Config, rows: int, source: int, target: int) -> tuple[int, int]:
+    """Operations of one forward by the shapes of all products: of the blocks, and of the head."""
+    d, inner, ff = config.d_model, config.num_heads * config.d_kv, config.d_ff
+
+    def attention(queries: int, keys: int) -> int:
+        projections = 2 * queries * d * inner + 2 * keys * d * inner
+        return projections + 2 * queries * keys * inner
+
+    encoder = attention(source, source) + 2 * source * d * ff
+    decoder = attention(target, target) + attention(target, source) + 2 * target * d * ff
+    blocks = config.num_layers * encoder + config.num_decoder_layers * decoder
+    return 2 * rows * blocks, 2 * rows * target * d * config.vocab_size
+
+
+def step_flops(checkpointing: bool) -> int:
+    """Counted operations of a forward and backward of the small T5 with eager attention."""
+    backbone = random_backbone(targets=(), checkpointing=checkpointing)
+    model = backbone.model.requires_grad_(True)
+    model.set_attn_implementation("eager")  # what the CPU fuses is not counted
+    ids, labels = torch.full((4, 7), 3), torch.full((4, 5), 3)
+    with counted_flops() as total:
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    model(input_ids=ids, labels=labels, use_cache=False)  # outside: does not count
+    return total()
+
+
+def test_counted_flops_are_those_of_the_shapes():
+    blocks, head = t5_flops(random_t5().config, rows=4, source=7, target=5)
+    assert step_flops(checkpointing=False) == 3 * (blocks + head)
+
+
+def test_recomputed_activations_count_as_work():
+    blocks, _ = t5_flops(random_t5().config, rows=4, source=7, target=5)
+    again = step_flops(checkpointing=True) - step_flops(checkpointing=False)
+    # PyTorch stops once it has what the backward wants: a block's last product is left out.
+    assert 0.8 * blocks < again <= blocks
+
+
+def test_mfu_is_the_share_of_all_ranks_peak():
+    now = [0.0]
+    meter = StepMeter(10, clock=lambda: now[0], world=2, peak=1e6)
+    weight = torch.zeros(100, 100)
+    for rows in (50, 25):
+        with meter.counting():
+            weight[:rows] @ weight  # 2 x 50 x 100 x 100 operations of this rank
+        now[0] += 2.0
+        meter.step(tokens=2 * rows)  # of both ranks
+    # 1e6 operations of one rank make 2e4 to a token of both; 150 tokens in 4 seconds; 2 x 1e6.
+    assert meter.read()["mfu"] == pytest.approx(2e4 * 150 / 4 / 2e6)
+
+
+def test_nothing_is_counted_where_the_peak_is_unknown():
+    meter = StepMeter(
+        1, device=torch.device("cpu"), peak=peak_flops(torch.device("cpu"), "float32")
+    )
+    with meter.counting(), counted_flops() as total:
+        torch.zeros(2, 3) @ torch.zeros(3, 4)
+    assert total() == 2 * 2 * 3 * 4
+    meter.step(tokens=1)
+    assert "mfu" not in meter.read()
+
+
+def test_peak_memory_of_a_process_is_what_it_ever_held():
+    meter = StepMeter(1, device=torch.device("cpu"))
+    size = int(meter.read()["peak_memory"])
+    torch.ones(size // 4)  # as much again, and freed at once
+    peak = meter.read()["peak_memory"]
+    assert 1.2 * size < peak < 2.2 * size
+    assert meter.read()["peak_memory"] >= peak
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "teraflops"),
+    [
+        ("NVIDIA H200", "bfloat16", False, 989.5),
+        ("NVIDIA H100 80GB HBM3", "float32", True, 494.7),
+        ("NVIDIA H100 PCIe", "bfloat16", False, 756.0),
+        ("NVIDIA A100-SXM4-80GB", "float32", False, 19.5),
+        ("NVIDIA A100 80GB PCIe", "bfloat16", False, 312.0),
+        ("NVIDIA L40S", "bfloat16", False, 362.05),
+        ("NVIDIA L4", "bfloat16", False, 121.0),
+        ("NVIDIA A10G", "bfloat16", False, 70.0),
+        ("Tesla T4", "bfloat16", True, 8.1),
+        ("Tesla V100-SXM2-16GB", "float32", True, 15.7),
+        ("NVIDIA B200", "bfloat16", False, 2250.0),
+    ],
+)
+def test_peaks_by_the_names_that_drivers_give(name, dtype, tf32, teraflops):
+    assert peak_of(name, dtype, tf32) == pytest.approx(teraflops * 1e12)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200 MIG 1g.18gb", "NVIDIA GeForce RTX 4090", "L400"])
+def test_no_peak_of_a_share_of_a_gpu_or_an_unknown_one(name):
+    assert peak_of(name, "bfloat16") is None

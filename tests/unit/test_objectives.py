@@ -101,7 +101,8 @@ def test_a_task_without_teacher_contributes_its_prediction_loss_alone():
     assert parts["alignment"] == 0
 
 
-def test_no_teacher_runs_for_a_batch_without_one(monkeypatch):
+def test_every_batch_runs_the_same_forwards(monkeypatch):
+    # On sharded weights a rank that left one out would leave the others waiting.
     model, objective, _ = _finetune()
     calls = []
     original = type(model.backbone).logits
@@ -109,9 +110,8 @@ def test_no_teacher_runs_for_a_batch_without_one(monkeypatch):
         type(model.backbone), "logits", lambda *given: calls.append(1) or original(*given)
     )
     _step(objective, model, [random_batch(tasks=2)])
-    assert len(calls) == 2
     _step(objective, model, [random_batch(tasks=2, slots=False)])
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("through", [False, True])

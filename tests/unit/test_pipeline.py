@@ -12,7 +12,7 @@ import yaml
 from transformers import T5Config
 
 from tagi_ray import checkpoint, pipeline
-from tagi_ray.backbone import identify
+from tagi_ray.architecture import identify
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, RunConflictError
 from tagi_ray.pipeline import open_run, trained_weights
@@ -52,8 +52,8 @@ def test_relative_paths_become_absolute_for_workers_that_start_elsewhere(
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert identify(experiment.backbone).startswith("sha256:")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    assert identify(experiment.backbone)["weights"].startswith("sha256:")
+    with pytest.raises(ConfigError, match="t5 is no folder here"):
         identify(given.backbone)
 
 
@@ -72,6 +72,10 @@ def test_another_backbone_in_the_same_place_is_refused(on_t5: Experiment, tmp_pa
     before = json.loads((run / "backbone.json").read_text())
     assert before["weights"].startswith("sha256:")
     open_run(experiment)
+    assert json.loads((run / "backbone.json").read_text()) == before
+    (tmp_path / "t5" / "model.safetensors").touch()
+    open_run(experiment)  # the files are read again, and are the same
+    assert json.loads((run / "backbone.json").read_text())["files"] != before["files"]
     random_t5(seed=1).save_pretrained(tmp_path / "t5")
     with pytest.raises(RunConflictError, match=r"other weights in backbone\.path"):
         open_run(experiment)
@@ -111,15 +115,28 @@ def test_a_mistyped_run_is_named_and_not_made(job: str, tmp_path: Path) -> None:
 def test_a_submitted_job_does_not_write_into_its_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.chdir(copy)
     submitted = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}, "metadata": {}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
     with pytest.raises(ConfigError, match="storage=runs would be lost"):
         open_run(tiny_experiment(Path("runs")))
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match=r"storage=.*copy/runs would be lost"):
+        open_run(tiny_experiment(copy / "runs"))
+    assert list(copy.iterdir()) == []
     open_run(tiny_experiment(tmp_path))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}}))
     open_run(tiny_experiment(Path("runs")))
+
+
+def test_storage_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"storage=.*file: .* cannot be written \(Not a dir"
+    ) as one:
+        open_run(tiny_experiment(tmp_path / "file"))
+    assert "\n" not in str(one.value)
 
 
 def test_weights_of_a_stage_that_is_not_done_are_refused(tmp_path: Path) -> None:

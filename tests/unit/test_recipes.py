@@ -40,6 +40,60 @@ def test_every_shipped_recipe_resolves(name):
     assert recipes.load(name, NEEDS.get(name, [])).name == name
 
 
+# Table 6: backbone, instances in a step (batch x accumulation), rate, longest input and output.
+TABLE_6 = [
+    ("sni_t5_base", "google/t5-base-lm-adapt", 8 * 2, 1e-4, 1024, 128),
+    ("sni_t5_xl", "google/t5-xl-lm-adapt", 2 * 4, 5e-5, 1024, 128),
+    ("sni_t5_xxl", "google/t5-xxl-lm-adapt", 1 * 2, 5e-5, 1024, 128),
+    ("p3_t5_base", "google/t5-base-lm-adapt", 8 * 2, 1e-4, 512, 64),
+    ("p3_t5_large", "google/t5-large-lm-adapt", 4 * 4, 1e-4, 512, 64),
+    ("p3_t5_xl", "google/t5-xl-lm-adapt", 2 * 4, 5e-5, 512, 64),
+    ("sni_flan_t5_small", "google/flan-t5-small", 8 * 2, 1e-4, 1024, 128),
+]
+WITHOUT_TEACHERS = {"sni_t5_xxl"}
+"""Whose ZeRO-3 leaves pretraining no Adafactor either."""
+
+
+@pytest.mark.parametrize(("name", "backbone", "batch", "rate", "longest", "output"), TABLE_6)
+def test_finetuning_has_the_values_of_table_6(name, backbone, batch, rate, longest, output):
+    run = recipes.load(name)
+    stage, data = run.finetune, run.data
+    assert run.backbone.path == backbone
+    assert (stage.steps, stage.groups * stage.instances) == (20000, batch)
+    assert (stage.optimizer.name, stage.optimizer.learning_rate) == ("adamw", rate)
+    assert stage.optimizer.warmup_fraction == 0.02
+    assert run.backbone.dtype == "bfloat16"
+    assert (run.lora.rank, run.lora.targets) == (32, ("q", "v"))
+    longest_texts = (data.max_instruction_tokens, data.max_input_tokens, data.max_prompt_tokens)
+    assert (longest_texts, data.max_target_tokens) == ((longest,) * 3, output)
+    assert run.distillation.lambda_kl == 5.0
+    assert run.distillation.lambda_ins == (0 if name in WITHOUT_TEACHERS else "sigmoid")
+
+
+@pytest.mark.parametrize("name", [row[0] for row in TABLE_6])
+def test_teachers_and_pretraining_have_the_values_of_table_6(name):
+    run = recipes.load(name)
+    teachers, categories = run.teachers, run.data.train_categories
+    assert teachers.enabled == (name not in WITHOUT_TEACHERS)
+    assert (teachers.per, teachers.steps) == ("category", 10000)
+    assert categories == (36 if name.startswith("p3") else 60)
+    assert teachers.groups * teachers.instances == categories * 8 * 2
+    assert (teachers.optimizer.name, teachers.optimizer.learning_rate) == ("adamw", 1e-4)
+    pretrain = run.pretrain
+    assert pretrain.enabled
+    assert (pretrain.steps, pretrain.groups * pretrain.instances) == (50000, 8)
+    assert (pretrain.max_tokens, pretrain.dtype) == (1024, "float32")
+    optimizer = (pretrain.optimizer.name, pretrain.optimizer.learning_rate)
+    assert optimizer == (("adamw", 1e-4) if name in WITHOUT_TEACHERS else ("adafactor", 1e-3))
+    assert (run.resources.zero_stage == 3) == (name in WITHOUT_TEACHERS)
+
+
+def test_p3_holds_out_the_eleven_tasks_of_t0():
+    held_out = recipes.load("p3_t5_base").data.test_categories
+    assert len(held_out) == 11
+    assert {"anli_r1", "anli_r2", "anli_r3", "hellaswag", "story_cloze_2016"} < set(held_out)
+
+
 def test_demo_controls_asks_for_all_controls_and_seeds():
     demo, controls = recipes.load("demo"), recipes.load("demo_controls")
     assert controls.seeds == (0, 1, 2)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tagi_ray.backbone import DEMO
+from tagi_ray.architecture import DEMO
 from tagi_ray.demo import word_tokenizer
 from tagi_ray.prompts import render_input, render_instruction
 from tagi_ray.sections import DataSettings

@@ -1,12 +1,13 @@
 """Readers: every format, and the place named in every refusal."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tagi_ray.errors import DataError
-from tagi_ray.json_files import read_json_lines
+from tagi_ray.json_files import MAX_LINE_BYTES, lines_of, read_json_lines
 from tagi_ray.sections import DataSettings
 from tagi_ray.task_files import read_tasks
 from tagi_ray.tasks import Instance, PositiveExample
@@ -148,13 +149,21 @@ GOOD = {"task": "a", "instruction": "Do.", "input": "1", "output": "x"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"task": "a", ', r"is not JSON"),
+        ('{"task": a}', r"is not JSON \(Expecting value, column 10\); correct it"),
+        ('{"task": "a", ', r"is cut off, or not JSON \(.*, column 14\); correct it"),
+        ('{"task": "a", "instruction": "D', r"is cut off, or not JSON \(Unterminated string"),
+        (
+            b'{"task": "a", "input": "' + b"x" * MAX_LINE_BYTES,
+            rf"is longer than {MAX_LINE_BYTES} bytes; divide or remove it",
+        ),
         (b'{"task": "caf\xe9"}', r"is not UTF-8 at byte 13"),
         ('{"task": "a", "task": "b"}', r"holds the key 'task' twice"),
         ({**GOOD, "input": float("nan")}, r"holds NaN"),
         ("[1]", r"can't be \[1\]; give a JSON object"),
         ({k: v for k, v in GOOD.items() if k != "input"}, r"has no field 'input'"),
         ({**GOOD, "input": 5}, r"input can't be 5"),
+        ({**GOOD, "output": None}, r"output can't be None"),
+        ({**GOOD, "instruction": ["Do."]}, r"instruction can't be \['Do\.'\]"),
         ({**GOOD, "outputs": ["x"]}, r"either 'output' or 'outputs'"),
         (
             {"task": "a", "instruction": "Do.", "input": "1", "outputs": []},
@@ -171,16 +180,53 @@ def test_jsonl_faults_name_file_and_line(tmp_path, line, message):
         reading("records", path)
 
 
+def test_all_problems_of_a_file_are_counted_and_the_first_are_told(tmp_path):
+    faulty = [{**GOOD, "input": number} for number in range(7)]
+    path = write_lines(tmp_path / "tasks.jsonl", GOOD, *faulty, GOOD)
+    with pytest.raises(DataError) as caught:
+        reading("records", path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}: 7 problems, the first 5:"
+    assert lines[1:] == [f"{path}:{n + 2}: input can't be {n}; give a text" for n in range(5)]
+
+
+def test_all_faulty_files_of_a_folder_are_told_together(tmp_path):
+    for number, fields in enumerate(({"Instances": []}, {}, {"Definition": ""})):
+        (tmp_path / f"task{number}.json").write_text(json.dumps(sni_record(**fields)))
+    with pytest.raises(DataError) as caught:
+        reading("sni", tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"data.path={tmp_path}: 2 problems:"
+    assert "task0.json: Instances can't be []" in lines[1]
+    assert "task2.json: Definition can't be ['']" in lines[2]
+
+
+def test_what_follows_an_overlong_line_is_numbered_right(tmp_path):
+    path = tmp_path / "any.jsonl"
+    path.write_bytes(b"x" * (2 * MAX_LINE_BYTES + 7) + b"\n\n{}\n")
+    (first, second) = lines_of(str(path))
+    assert (first[:2], len(first[2])) == ((0, 1), MAX_LINE_BYTES + 1)
+    assert second == (2 * MAX_LINE_BYTES + 9, 3, b"{}\n")
+
+
 def test_empty_file(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no records"):
         reading("records", tmp_path / "empty.jsonl")
 
 
-@pytest.mark.parametrize("source", ["sni", "records"])
-def test_absent_path(tmp_path, source):
-    with pytest.raises(DataError, match="no such file or folder"):
+@pytest.mark.parametrize(
+    ("source", "cure"),
+    [
+        ("sni", "clone https://github.com/allenai/natural-instructions and give its folder tasks"),
+        ("records", "with task, instruction, input, and output (a text) or outputs (a list of"),
+    ],
+)
+def test_an_absent_or_empty_path_says_what_is_needed(tmp_path, source, cure):
+    with pytest.raises(DataError, match=rf"nothing: no such file or folder; .*{re.escape(cure)}"):
         reading(source, tmp_path / "nothing")
+    with pytest.raises(DataError, match=rf"holds no \.json.* file; .*{re.escape(cure)}"):
+        reading(source, tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -199,27 +245,6 @@ def test_alpaca_each_instruction_is_a_task(tmp_path, suffix):
     assert one.task.name.startswith("alpaca_")
     assert add.task.definitions == ("Add.",)
     assert [instance.input for instance in add.instances()] == ["1 2", "2 2"]
-
-
-def test_hub_dataset_that_cannot_be_reached(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def offline(*_args, **_kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"owner/name: can't be loaded from the hub \(no route\)"):
-        reading("hub", Path("owner/name"))
-
-
-def test_hub_dataset_in_alpaca_columns(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    rows = [{"instruction": "Add.", "input": str(i), "output": "x"} for i in range(3)]
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_args, **_kwargs: datasets.Dataset.from_list(rows)
-    )
-    (add,) = reading("hub", Path("owner/other"))
-    assert [instance.input for instance in add.instances()] == ["0", "1", "2"]
 
 
 @pytest.mark.skipif(not SNI.exists(), reason="the SNI sample is not at ../shared")

@@ -1,6 +1,8 @@
 """Names, hashes and splits of tasks."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +110,109 @@ def test_task_in_both_lists_is_named(tmp_path):
 def test_unknown_names_are_refused_with_the_nearest(fields, message):
     with pytest.raises(DataError, match=message):
         split_tasks(tasks_of({"question": 2}), settings(**fields), 0)
+
+
+SIZES = {"a": 5, "b": 9, "c": 9, "d": 2, "t": 20}
+
+
+def trained_on(train_categories, sizes=SIZES, **fields) -> Counter[str]:
+    chosen = settings(
+        train_categories=train_categories,
+        test_categories=("t",),
+        **{"valid_fraction": 0.0, **fields},
+    )
+    split = split_tasks(tasks_of(sizes), chosen, 0)
+    assert sum(part == "test" for part in split.values()) == sizes["t"]
+    return Counter(name[0] for name, part in split.items() if part != "test")
+
+
+@pytest.mark.parametrize(
+    ("train_categories", "expected"),
+    [
+        ("all", {"a": 5, "b": 9, "c": 9, "d": 2}),
+        (1, {"b": 9}),  # as many as c: the first by name
+        (2, {"b": 9, "c": 9}),
+        (3, {"a": 5, "b": 9, "c": 9}),
+        (4, {"a": 5, "b": 9, "c": 9, "d": 2}),
+        (("d", "a"), {"a": 5, "d": 2}),
+    ],
+)
+def test_training_categories(train_categories, expected):
+    assert trained_on(train_categories) == expected
+
+
+def test_categories_are_counted_before_validation_tasks_are_drawn_and_after_held_out_ones(tmp_path):
+    # Drawing half of the tasks leaves the order of the categories to chance.
+    assert trained_on(1, {"a": 20, "b": 19, "t": 1}, valid_fraction=0.5) == {"a": 20}
+    held_out = settings(test_tasks=tuple(f"a_{number}" for number in range(4)), train_categories=1)
+    split = split_tasks(tasks_of({"a": 6, "b": 3}), held_out, 0)
+    assert {name[0] for name, part in split.items() if part != "test"} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("train_categories", "message"),
+    [
+        (5, r"data\.train_categories=5, and the training tasks of data have 4 categories"),
+        (("Summarisation",), r"'Summarisation' is no category of the training tasks"),
+        (("a", "t"), r"'t' is no category of the training tasks"),
+    ],
+)
+def test_categories_that_match_nothing_are_refused(train_categories, message):
+    with pytest.raises(DataError, match=message):
+        trained_on(train_categories)
+
+
+def test_an_unknown_category_gets_the_nearest():
+    chosen = settings(train_categories=("Question Answer",), test_categories=("t",))
+    with pytest.raises(DataError, match=r"Did you mean 'Question Answering'\?"):
+        split_tasks(tasks_of({"Question Answering": 3, "t": 1}), chosen, 0)
+
+
+SNI = Path(__file__).parents[3] / "shared" / "data" / "sni"
+# Not in the list of definitions, and plain from their names.
+NAMED_AFTER_THEIR_CATEGORY = {
+    "task137_detoxifying-lms_classification_toxicity": "Toxic Language Detection",
+    "task754_svamp_common-division_question_answering": "Question Answering",
+    "task823_peixian-rtgender_sentiment_analysis": "Sentiment Analysis",
+}
+
+
+def official_tasks() -> list[Task]:
+    """The official training and test tasks; those that no list gives a category are `unknown`."""
+    found: dict[str, str] = {}
+    for line in (SNI / "definitions_1654.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        found[record["task"]] = record["category"] or "unknown"
+    for path in (SNI / "tasks").glob("*.json"):
+        found[path.stem] = json.loads(path.read_text("utf-8"))["Categories"][0]
+    found |= NAMED_AFTER_THEIR_CATEGORY
+    return [Task(name, category, ("Do it.",)) for name, category in found.items()]
+
+
+@pytest.mark.skipif(not SNI.exists(), reason="needs the real task lists, which are not there")
+def test_the_papers_counts_on_the_official_split():
+    """Table 11, but for Misc. (36 tasks), which the list of definitions divides further."""
+    official = SNI / "splits_official_default"
+    fields = {
+        "train_tasks_file": str(official / "train_tasks.txt"),
+        "test_tasks_file": str(official / "test_tasks.txt"),
+        "valid_fraction": 0.0,
+    }
+    tasks = official_tasks()
+    category = {task.name: task.category for task in tasks}
+
+    def counts(train_categories) -> Counter[str]:
+        split = split_tasks(tasks, settings(train_categories=train_categories, **fields), 0)
+        return Counter(category[name] for name, part in split.items() if part == "train")
+
+    five = {
+        "Question Answering": 157,
+        "Program Execution": 90,
+        "Question Generation": 51,
+        "Sentiment Analysis": 42,
+        "Toxic Language Detection": 32,
+    }
+    assert counts(5) == five
+    assert counts(tuple(five)) == five
+    assert sum(five.values()) == 408 - 36
+    assert sum(counts("all").values()) == 756

@@ -84,8 +84,11 @@ def test_t5_ids_equal_those_of_transformers(tmp_path):
 def test_what_cannot_be_prepared_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"backbone\.tokenizer=train"):
         prepare_tokenizer(BackboneSettings(path="random"), tmp_path, tmp_path / "t")
-    with pytest.raises(DataError, match="can't be loaded"):
+    with pytest.raises(ConfigError, match="no is no folder here, and no id of the hub"):
         prepare_tokenizer(BackboneSettings(path=str(tmp_path / "no")), tmp_path, tmp_path / "t")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"backbone\.tokenizer=.*empty: can't be loaded \("):
+        prepare_tokenizer(BackboneSettings(path=str(tmp_path / "empty")), tmp_path, tmp_path / "t")
     with pytest.raises(DataError, match="holds no tokenizer"):
         TextTokenizer(tmp_path / "no")
 
