@@ -79,6 +79,7 @@ class Experiment(Section):
             f" x resources.workers={self.resources.workers}"
             for section, stage in self.stages().items()
             if stage.groups % (stage.micro_groups * self.resources.workers)
+            and (section != "pretrain" or self.pretrain.enabled)
         ]
         problems += [*self._unfit_optimizers(), *self._unread()]
         problems += [*self._unfit_offloading(), *self._unfit_pretraining()]

@@ -39,9 +39,10 @@ BUCKET_TEXTS = 16
 """Texts in a bucket: a draw reads a row group, which texts fill faster than instances do."""
 READ_AHEAD = 256
 """Texts that are read and tokenised together."""
-CHARACTERS = 4
-"""Of a token, about: lines of a text file are joined to texts of max_tokens times as many."""
-LONGEST = 16 * CHARACTERS
+CHARACTERS = 3
+"""Of a token, rather too few (English has 3.8 for one of T5's): lines of a text file are joined to
+texts of at most max_tokens times as many, of which hardly one is cut then."""
+LONGEST = 64
 """Characters that are kept of a record for each of max_tokens; a book is not stored whole."""
 
 TEXT, PARQUET = (".txt", ".txt.gz"), (".parquet",)
@@ -152,9 +153,9 @@ def check_path(settings: PretrainSettings) -> None:
 def read_texts(settings: PretrainSettings) -> Iterator[str]:
     """Yield the texts of a corpus: records, or paragraphs of a text file.
 
-    Paragraphs are joined, and long ones divided between their lines, to about max_tokens: no
-    document of a text file is cut off, and few texts are short. Raises DataError with file and line
-    at the first that can't be read.
+    Paragraphs end at blank lines. They are joined, and long ones divided between their lines, to
+    about max_tokens; what a longer line or record has beyond that is not trained on. Raises
+    DataError with file and line at the first that can't be read.
     """
     kept = LONGEST * settings.max_tokens
     if _is_on_hub(settings):

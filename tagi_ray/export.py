@@ -71,7 +71,7 @@ def write_adapter(
     fusion: str = "none",
     fusion_weights_hash: str | None = None,
 ) -> None:
-    """Write a slot of a bank as a PEFT directory; a directory of that name is replaced.
+    """Write a slot of a bank as a PEFT directory, in the bank's dtype; one of that name is replaced.
 
     The directory appears complete or not at all. With fusion, the slot's encoded instruction is
     written too, with the hash of the fusion's weights (None: the fusion has none).
@@ -109,7 +109,7 @@ def _peft_tensors(bank: LoraBank, slot: int, lora: LoraSettings, folder: Path) -
     tensors: dict[str, Tensor] = {}
     for factor, factors in (("A", bank.a), ("B", bank.b)):
         for name, value in factors.items():
-            kept = value[slot].detach().to("cpu", torch.float32).contiguous()
+            kept = value[slot].detach().to("cpu").contiguous()
             low, high = torch.aminmax(kept)  # nan if there is one; a third of `isfinite`'s time
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise AdapterError(

@@ -69,9 +69,12 @@ class FactoredHead(nn.Module):
     def forward(self, queries_KMW: Tensor) -> Tensor:
         """Return rows [K, M, R, D]."""
         mix_KMRC = self.mix(queries_KMW).unflatten(-1, (self.rank, -1))
-        rows_KMRD = torch.einsum("kmrc,mcd->kmrd", mix_KMRC, self.basis_MCD)
+        basis_MCD = self.basis_MCD.to(mix_KMRC.dtype)
+        rows_KMRD = torch.einsum("kmrc,mcd->kmrd", mix_KMRC, basis_MCD)
+        if self.start_MRD is None:
+            return rows_KMRD
         # In place: the rows are the largest tensor that there is.
-        return rows_KMRD if self.start_MRD is None else rows_KMRD.add_(self.start_MRD)
+        return rows_KMRD.add_(self.start_MRD.to(rows_KMRD.dtype))
 
 
 class Hypernetwork(nn.Module):
@@ -118,8 +121,19 @@ class Hypernetwork(nn.Module):
         )
 
     def forward(self, encoded: EncodedInstruction) -> LoraBank:
-        """encoded: states [K, I, D], mask [K, I] -> a bank of K slots."""
+        """encoded: states [K, I, D], mask [K, I] -> a bank of K slots.
+
+        Above a bfloat16 backbone, whose weights the factors are added to in bfloat16, the heads mix
+        them in it too; the parameters and the trunk stay float32.
+        """
         hidden_K2MW = self._trunk_states(encoded)
+        kind, dtype = encoded.states_KID.device.type, encoded.states_KID.dtype
+        if dtype != torch.bfloat16 or not torch.amp.is_autocast_available(kind):
+            return self._mixed(hidden_K2MW)
+        with torch.autocast(kind, dtype):
+            return self._mixed(hidden_K2MW)
+
+    def _mixed(self, hidden_K2MW: Tensor) -> LoraBank:
         count = len(self.sites)
         a: dict[str, Tensor] = {}
         b: dict[str, Tensor] = {}

@@ -134,7 +134,7 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
     """
     if begin:
         require_packages(experiment.loggers)
-    experiment = _located(experiment)
+    given, experiment = experiment, _located(experiment)
     run = recipes.lasting("storage", experiment.storage) / experiment.name
     settings, backbone = run / "config.yaml", run / BACKBONE
     if not begin and not settings.exists():
@@ -143,7 +143,8 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
             f" storage={experiment.storage}, or train it first with `python jobs/finetune.py`"
         ])  # fmt: skip
     if settings.exists():
-        differences = _differences(yaml.safe_load(settings.read_text("utf-8")), _dumped(experiment))
+        # Paths as they were given: a submitted job finds the same files elsewhere each time.
+        differences = _differences(yaml.safe_load(settings.read_text("utf-8")), _dumped(given))
         if differences:
             raise RunConflictError([
                 f"{settings}: the run {experiment.name!r} was started with other settings"
@@ -165,10 +166,10 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
         ])  # fmt: skip
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if noted != (identity := {"path": experiment.backbone.path, **identity}):
+        if noted != (identity := {"path": given.backbone.path, **identity}):
             write_whole(backbone, json.dumps(identity))
         if not settings.exists():
-            write_whole(settings, recipes.dump(experiment))
+            write_whole(settings, recipes.dump(given))
     except OSError as error:
         raise ConfigError([
             f"storage={experiment.storage}: {run} cannot be written ({error.strerror}): give a"

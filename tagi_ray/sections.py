@@ -302,7 +302,7 @@ class PretrainSettings(StageSettings):
     """Commit or tag of a hub dataset."""
     subset: str | None = None
     """Configuration of a hub dataset that has several (en of allenai/c4)."""
-    max_tokens: Count = 1024
+    max_tokens: Annotated[int, Field(ge=4)] = 1024
     """Longer texts are cut there before they are divided (App. A.2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen backbone in this stage."""

@@ -66,8 +66,8 @@ def adapter_cases(
 ) -> Iterator[Case]:
     """K encoded instructions to factors, and to files: ours in one pass, the other one by one.
 
-    The other side writes with `save_pretrained` of a stock PEFT model that has these sites. The
-    hypernetwork computes in `dtype`; files are float32.
+    The other side writes with `save_pretrained` of a stock PEFT model that has these sites. `dtype`
+    is the backbone's, in which the hypernetwork computes and the files are written.
     """
     import torch
 
@@ -78,7 +78,7 @@ def adapter_cases(
     modules = tuple(sorted({site.module for site in sites}))
     lora = LoraSettings(targets=modules)
     hypernetwork, encoded = _hypernetwork(sites, lora, tasks, tokens, getattr(torch, dtype))
-    peft_model = _peft_model(sites, lora)
+    peft_model = _peft_model(sites, lora).to(getattr(torch, dtype))
 
     def ours(folder: Path | None) -> float:
         with torch.inference_mode():
@@ -125,7 +125,7 @@ def _hypernetwork(
             torch.nn.init.normal_(head.get_parameter("mix.weight"), std=0.1)
         states = torch.randn(tasks, tokens, width)
     mask = torch.ones(tasks, tokens, dtype=torch.bool)
-    return hypernetwork.to(dtype).eval(), EncodedInstruction(states.to(dtype), mask)
+    return hypernetwork.eval(), EncodedInstruction(states.to(dtype), mask)
 
 
 def _peft_model(sites: Sequence[Site], lora: LoraSettings) -> Any:

@@ -86,9 +86,10 @@ def row(case: str, unit: str, ours: Sequence[float], other: Sequence[float]) -> 
 def table(rows: list[Row]) -> str:
     """Return the rows as text, a line each."""
     width = max(len(one.case) for one in rows)
-    lines = [f"{'case':<{width}}  unit       ours     other  other/ours    iqr"]
+    unit = max(len(one.unit) for one in rows)
+    lines = [f"{'case':<{width}}  {'unit':<{unit}}     ours     other  other/ours    iqr"]
     lines += [
-        f"{one.case:<{width}}  {one.unit:<6}  {one.ours:>7.4g}  {one.other:>8.4g}"
+        f"{one.case:<{width}}  {one.unit:<{unit}}  {one.ours:>7.4g}  {one.other:>8.4g}"
         f"  {one.ratio:>10.3f}  {one.iqr:>5.3f}"
         for one in rows
     ]

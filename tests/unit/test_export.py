@@ -427,8 +427,10 @@ def test_readme_says_what_stock_tools_leave_out():
     assert "Trained on instances." in plain
 
 
-def test_banks_of_half_precision_are_written_in_full(tmp_path, bank):
+def test_banks_of_half_precision_are_written_in_it_and_lose_nothing(tmp_path, bank):
     half = bank.to("cpu", torch.bfloat16)
     write_adapter(tmp_path / "adapter", half, 0, lora=LORA, base_model=BASE)
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    for site in half.a:
+        assert torch.equal(weights[f"base_model.model.{site}.lora_A.weight"], half.a[site][0])

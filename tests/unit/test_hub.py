@@ -173,7 +173,9 @@ from tagi_ray.pipeline import open_run
 from pathlib import Path
 from tests.tiny_run import tiny_experiment
 experiment = tiny_experiment(Path(sys.argv[1]))
-backbone = {"path": "owner/t5", "tokenizer": "demo", "revision": sys.argv[2] or None}
+backbone = {
+    "path": "owner/t5", "tokenizer": "demo", "revision": sys.argv[2] or None, "architecture": None
+}
 changed = experiment.backbone.model_copy(update=backbone)
 try:
     opened, run = open_run(experiment.model_copy(update={"backbone": changed}))

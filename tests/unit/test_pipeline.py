@@ -32,7 +32,8 @@ def on_t5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     """An experiment on a T5 in a folder, named by a relative path, with the demo's tokenizer."""
     monkeypatch.chdir(tmp_path)
     random_t5().save_pretrained("t5")
-    return changed(tiny_experiment(tmp_path), "backbone", path="t5", tokenizer="demo")
+    files = {"path": "t5", "tokenizer": "demo", "architecture": None}
+    return changed(tiny_experiment(tmp_path), "backbone", **files)
 
 
 def test_relative_paths_become_absolute_for_workers_that_start_elsewhere(
@@ -47,7 +48,7 @@ def test_relative_paths_become_absolute_for_workers_that_start_elsewhere(
     assert experiment.backbone.tokenizer == "demo"
     assert experiment.data.path == str(tmp_path / "tasks")
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["backbone"]["path"] == str(tmp_path / "t5")
+    assert saved["backbone"]["path"] == "t5"  # elsewhere the same command is the same run
     assert open_run(given) == (experiment, run)
 
     (tmp_path / "elsewhere").mkdir()
@@ -68,17 +69,17 @@ def test_other_settings_are_refused_and_what_workers_need_may_change(tmp_path: P
 
 
 def test_another_backbone_in_the_same_place_is_refused(on_t5: Experiment, tmp_path: Path) -> None:
-    experiment, run = open_run(on_t5)
+    _, run = open_run(on_t5)
     before = json.loads((run / "backbone.json").read_text())
     assert before["weights"].startswith("sha256:")
-    open_run(experiment)
+    open_run(on_t5)
     assert json.loads((run / "backbone.json").read_text()) == before
     (tmp_path / "t5" / "model.safetensors").touch()
-    open_run(experiment)  # the files are read again, and are the same
+    open_run(on_t5)  # the files are read again, and are the same
     assert json.loads((run / "backbone.json").read_text())["files"] != before["files"]
     random_t5(seed=1).save_pretrained(tmp_path / "t5")
     with pytest.raises(RunConflictError, match=r"other weights in backbone\.path"):
-        open_run(experiment)
+        open_run(on_t5)
 
 
 def test_the_backbone_is_part_of_a_stage(tmp_path: Path) -> None:
@@ -95,7 +96,8 @@ def test_a_decoder_is_refused_before_a_run_is_made(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    experiment = changed(tiny_experiment(tmp_path), "backbone", path=str(tmp_path / "gpt2"))
+    files = {"path": str(tmp_path / "gpt2"), "architecture": None}
+    experiment = changed(tiny_experiment(tmp_path), "backbone", **files)
     with pytest.raises(ConfigError, match=r"type gpt2: .* T5 family \(t5, mt5, umt5, longt5\)"):
         open_run(experiment)
     assert not (tmp_path / "tiny").exists()

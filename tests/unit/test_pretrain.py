@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,21 @@ from safetensors.torch import load_file
 
 from tagi_ray import checkpoint, objectives
 from tagi_ray.batches import Batch, local_batches
-from tagi_ray.errors import ConfigError
+from tagi_ray.config import Experiment
+from tagi_ray.errors import ConfigError, RunConflictError
 from tagi_ray.groups import division
 from tagi_ray.order import OrderPlan
+from tagi_ray.pipeline import open_run
 from tagi_ray.sections import DistillationSettings
 from tagi_ray.shards import read_manifest, read_tasks_of
-from tagi_ray.stages import StageSpec, build_stage, fingerprint, last_checkpoint, trained_state
+from tagi_ray.stages import (
+    Stage,
+    StageSpec,
+    build_stage,
+    fingerprint,
+    last_checkpoint,
+    trained_state,
+)
 from tagi_ray.train_loop import Worker, run_stage
 from tagi_ray.vocabulary import TextTokenizer
 from tests.models import random_batch, random_model
@@ -227,19 +237,21 @@ def test_it_learns_on_texts_and_on_those_held_out(run):
             if key.startswith("model.")} <= {"hypernetwork", "fusion"}  # fmt: skip
 
 
+def weights(stage: Stage) -> dict[str, torch.Tensor]:
+    return {key: one for key, one in stage.engine.state().items() if key.startswith("model.")}
+
+
 def test_finetuning_starts_from_what_is_pretrained(run):
     pretrain, finetune = specs_of(run, steps=8, valid_every=2)
     with pytest.raises(ConfigError, match="pretrain_tagi of seed 0 is at step 0 of 8: run"):
         run_stage(finetune, Worker())
     run_stage(pretrain, Worker())
     state = load_file(trained_state(last_checkpoint(pretrain)))
-    stage = build_stage(finetune, torch.device("cpu"))
-    for name, parameter in stage.engine.parameters.items():
-        assert torch.equal(parameter.detach(), state[f"model.{name}"]), name
     bare = stage_of(tiny_experiment(run.parent), run, "finetune")
-    fresh = build_stage(bare, torch.device("cpu")).engine.parameters
-    assert fresh.keys() == stage.engine.parameters.keys()
-    assert not all(torch.equal(value, state[f"model.{name}"]) for name, value in fresh.items())
+    given, fresh = (weights(build_stage(one, torch.device("cpu"))) for one in (finetune, bare))
+    assert given.keys() == fresh.keys()
+    assert all(torch.equal(value, state[name]) for name, value in given.items())
+    assert not all(torch.equal(value, state[name]) for name, value in fresh.items())
     run_stage(finetune, Worker())
 
 
@@ -255,6 +267,38 @@ def test_the_best_in_validation_is_taken_and_is_part_of_the_stage(run):
     checkpoint.save(pretrain.checkpoints, 8, state, about, best=first)
     assert trained_state(last_checkpoint(pretrain)).parent.name == f"step_{first:08d}"
     assert fingerprint(finetune) != before
+
+
+def test_the_backbone_has_a_dtype_of_its_own_in_this_stage(run, tmp_path):
+    losses: dict[tuple[str, str], list[float]] = {}
+    for dtypes in (
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
+    ):
+        folder = tmp_path / "_".join(dtypes) / "tiny"
+        shutil.copytree(run, folder)
+        spec, _ = specs_of(folder)
+        values = spec.experiment.model_dump(mode="json")
+        values["backbone"]["dtype"], values["pretrain"]["dtype"] = dtypes
+        spec = replace(spec, experiment=Experiment.model_validate(values))
+        run_stage(spec, Worker())
+        losses[dtypes] = [record["loss"] for record in trained(spec)["records"]]
+        # Then that of the other stages again.
+        run_stage(replace(spec, kind="finetune"), Worker())
+    whole, mixed, low = losses.values()
+    assert mixed == whole
+    assert low != whole
+    assert low == pytest.approx(whole, rel=2e-2)
+
+
+def test_the_path_becomes_absolute_and_cannot_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    opened, _ = open_run(experiment(tmp_path, Path("texts")))
+    assert opened.pretrain.path == str(tmp_path / "texts")
+    with pytest.raises(RunConflictError, match=r"pretrain\.path: was .*texts, is elsewhere"):
+        open_run(experiment(tmp_path, Path("elsewhere")))
 
 
 def test_what_decides_a_stage_is_in_its_fingerprint(run):
