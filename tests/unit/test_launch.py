@@ -1,4 +1,3 @@
 """The cluster that the driver asks for."""
 
 from __future__ import annotations
-

@@ -271,7 +271,7 @@ def test_tokens_and_downloads_of_the_base_recipe():
     model = inputs["backbone.path"]
     assert (model.kind, model.revision, model.size) == ("hub", "main", 4 * made.backbone)
     assert inputs["data.path"].kind == "missing"
-    assert inputs["pretrain.path"].kind == "missing"
+    assert inputs["pretrain.path"].kind == "hub"
     assert "data.path=natural-instructions/tasks: is NOT there" in as_text(made)
 
 
