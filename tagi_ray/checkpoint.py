@@ -91,10 +91,10 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.match(path.name)))
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: Path, *, set_aside: bool = True) -> Path | None:
     """Return the newest checkpoint that verifies; None where none was ever written.
 
-    Torn ones that are newer are renamed, with one warning. One process calls this.
+    Torn ones that are newer are renamed, with one warning: then one process calls this.
     Raises CheckpointError when there are checkpoints and all of them are torn.
     """
     torn: list[str] = []
@@ -106,6 +106,8 @@ def latest(folder: Path) -> Path | None:
             found = path
             break
         torn.append(f"{path.name} ({problem})")
+        if not set_aside:
+            continue
         aside = folder / f"{_TORN}{path.name}"
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -114,7 +116,7 @@ def latest(folder: Path) -> Path | None:
             f"{folder}: every checkpoint is damaged: {', '.join(torn) or 'all were set aside'};"
             " delete this folder to train the stage from the start"
         )
-    if found is not None and torn:
+    if found is not None and torn and set_aside:
         logger.warning(
             "%s: set aside as %s*: %s; continuing from %s",
             folder, _TORN, ", ".join(torn), found.name,

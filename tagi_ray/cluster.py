@@ -123,8 +123,11 @@ def _refused(address: str, said: str) -> ConfigError:
     return ConfigError([f"RAY_ADDRESS={address}: {why}"])
 
 
-def _nodes() -> list[tuple[Mapping[str, float], int]]:
-    """Return what a node of each kind has, and how many there are at most."""
+def _nodes() -> list[tuple[Mapping[str, float], int]] | None:
+    """Return what a node of each kind has, and how many there are at most.
+
+    None where an autoscaler may start nodes and does not say which.
+    """
     import ray
     from ray._private.state import state  # no public name tells what the autoscaler may start
 
@@ -135,17 +138,33 @@ def _nodes() -> list[tuple[Mapping[str, float], int]]:
             (dict(kind.resources), kind.max_count if kind.max_count > 0 else UNBOUNDED)
             for kind in kinds
         ]
+    if _has_autoscaler():
+        return None
     return [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
 
 
+def _has_autoscaler() -> bool:
+    """Say whether an autoscaler of either version reports to the cluster."""
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    reported = status.stats.autoscaler_version not in (None, "", "0")
+    return reported or _internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode()) is not None
+
+
 def check_capacity(
-    experiment: Experiment, nodes: Sequence[tuple[Mapping[str, float], int]]
+    experiment: Experiment, nodes: Sequence[tuple[Mapping[str, float], int]] | None
 ) -> None:
-    """Refuse what would wait for resources for ever.
+    """Refuse what would wait for resources for ever; None: what there can be is not known.
 
     nodes: what a node of each kind has, and how many of them there can be. Raises ConfigError with
     the largest number of processes that would fit.
     """
+    if nodes is None:
+        return
     each = per_worker(experiment.resources)
     total = {name: sum(node.get(name, 0) * count for node, count in nodes) for name in _COUNTED}
     room = sum(

@@ -151,9 +151,15 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
                 " (give another name=..., or the same settings):",
                 *differences,
             ])  # fmt: skip
-    found = pinned(experiment.backbone)
     known = backbone_weights(run)
     noted = json.loads(backbone.read_text("utf-8")) if known else {}
+    source = {"path": given.backbone.path, "revision": given.backbone.revision}
+    if known and is_on_hub(source["path"]) and source.items() <= noted.items():
+        # The run goes on with the commit that it was started with, wherever its branch is now.
+        commit = known.rpartition("@")[2]
+        found = experiment.backbone.model_copy(update={"revision": commit})
+    else:
+        found = pinned(experiment.backbone)
     identity = identify(found, noted)
     weights = identity["weights"]
     if known not in (None, weights):
@@ -166,7 +172,7 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
         ])  # fmt: skip
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if noted != (identity := {"path": given.backbone.path, **identity}):
+        if noted != (identity := {**source, **identity}):
             write_whole(backbone, json.dumps(identity))
         if not settings.exists():
             write_whole(settings, recipes.dump(given))
@@ -206,8 +212,8 @@ def _dumped(experiment: Experiment) -> dict[str, Any]:
 def _differences(was: Any, now: Any, where: tuple[str, ...] = ()) -> list[str]:
     if not FREE_TO_CHANGE.isdisjoint(where[:1]) or not REPORTING.isdisjoint(where[1:2]):
         return []
-    if where == ("backbone", "revision"):
-        return []  # a branch and its commit are the same weights, and these are compared
+    if where in (("backbone", "revision"), ("backbone", "activation_checkpointing")):
+        return []  # the weights themselves are compared, and recomputing changes no result
     if isinstance(was, dict) and isinstance(now, dict):
         return [
             line

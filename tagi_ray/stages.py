@@ -35,7 +35,9 @@ REPORTING = frozenset({"log_every", "save_every", "micro_groups"})
 """Settings of a stage that change neither what is learnt nor in which order."""
 BACKBONE = "backbone.json"
 """File of a run that says which backbone's weights it was started with."""
-_PLACES = {"path", "revision", "train_tasks_file", "test_tasks_file"}
+RECOMPUTING = frozenset({"activation_checkpointing"})
+"""Settings of a backbone that change no result."""
+_PLACES = {"path", "revision", "tokenizer", "train_tasks_file", "test_tasks_file"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,13 @@ class StageSpec:
         return None
 
     @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the backbone in this stage."""
+        if self.kind == "pretrain":
+            return self.experiment.pretrain.dtype
+        return self.experiment.backbone.dtype
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the stage's checkpoints."""
         return self.run_folder / f"seed_{self.seed}" / self.name / "checkpoints"
@@ -141,9 +150,11 @@ def fingerprint(spec: StageSpec) -> str:
         "shards": read_manifest(spec.run_folder / "shards").fingerprint,
         "teachers": _teachers_hash(spec.run_folder / FOLDERS["train"]) if taught else None,
         "weights": backbone_weights(spec.run_folder),
+        # Its weights are told above; the tokenizer of a run is a folder of the run.
+        "backbone": experiment.backbone.model_dump(mode="json", exclude=_PLACES | RECOMPUTING),
         **{
             section: getattr(experiment, section).model_dump(mode="json")
-            for section in ("backbone", "lora", "hypernetwork", "fusion", "distillation")
+            for section in ("lora", "hypernetwork", "fusion", "distillation")
         },
     }
     if spec.kind == "pretrain":
@@ -156,7 +167,8 @@ def fingerprint(spec: StageSpec) -> str:
 
 def last_checkpoint(spec: StageSpec) -> Path:
     """Return the last checkpoint of a stage; raises ConfigError unless it has all its steps."""
-    newest = checkpoint.latest(spec.checkpoints)
+    # All ranks look, and a damaged one is no leave for any of them to change the folder.
+    newest = checkpoint.latest(spec.checkpoints, set_aside=False)
     progress = checkpoint.meta(newest)["progress"] if newest else {"step": 0, "done": False}
     if newest is None or not progress["done"]:
         raise ConfigError([

@@ -111,7 +111,7 @@ def split_tasks(tasks: Sequence[Task], settings: DataSettings, seed: int) -> dic
         train = by_name.keys() - test
     else:
         listed = set(read_names(settings.train_tasks_file))
-        _report_absent(listed - by_name.keys(), settings.train_tasks_file)
+        _refuse_absent(listed - by_name.keys(), settings.train_tasks_file, by_name)
         both = sorted(listed & test)
         if both:
             raise DataError(
@@ -156,15 +156,8 @@ def _held_out(by_name: dict[str, Task], settings: DataSettings) -> set[str]:
     if settings.test_tasks_file is None:
         raise DataError("no held-out tasks are named; set data.test_tasks_file")
     names = read_names(settings.test_tasks_file)
-    _report_absent(set(names) - by_name.keys(), settings.test_tasks_file)
-    test = by_name.keys() & set(names)
-    # A folder need not hold every task of the official lists, but without any there is no score.
-    if not test:
-        raise DataError(
-            f"{settings.test_tasks_file}: none of its {len(names)} tasks is in {settings.path},"
-            f" {names[0]!r} for one" + _nearest(names[0], by_name)
-        )
-    return test
+    _refuse_absent(set(names) - by_name.keys(), settings.test_tasks_file, by_name)
+    return set(names)
 
 
 def _of_categories(train: list[Task], settings: DataSettings) -> set[str]:
@@ -197,7 +190,7 @@ def _of_categories(train: list[Task], settings: DataSettings) -> set[str]:
 
 
 def _carve(train: list[Task], fraction: float, seed: int) -> set[str]:
-    """Draw validation tasks in proportion over the categories.
+    """Draw validation tasks in proportion over the categories, never the last one of a category.
 
     Every 1/fraction-th task of a list that is sorted by category, and by a seeded hash within it.
     """
@@ -211,13 +204,22 @@ def _carve(train: list[Task], fraction: float, seed: int) -> set[str]:
         return hashlib.sha256(f"{seed}/{text}".encode()).hexdigest()
 
     ordered = sorted(train, key=lambda task: (draw(task.category), draw(task.name)))
-    return {ordered[(2 * i + 1) * len(ordered) // (2 * count)].name for i in range(count)}
+    drawn = [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+    left = Counter(task.category for task in train)
+    valid: set[str] = set()
+    for task in drawn:
+        if left[task.category] > 1:
+            left[task.category] -= 1
+            valid.add(task.name)
+    return valid
 
 
-def _report_absent(absent: set[str], path: str) -> None:
+def _refuse_absent(absent: set[str], path: str, known: Iterable[str]) -> None:
     if absent:
-        logger.info(
-            "%d tasks of %s are not in the data, %s for one", len(absent), path, min(absent)
+        names = sorted(absent)
+        raise DataError(
+            f"{path}: {_some(names)} not in the data: add the task files, or take the names out"
+            + _nearest(names[0], known)
         )
 
 

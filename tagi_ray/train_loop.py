@@ -67,7 +67,7 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
     stream = _draw(spec, stage, worker, stage.plan, first * groups, settings.steps * groups)
     accumulation = groups // settings.micro_groups // worker.world
     validation = _validation_batches(spec, stage, worker)
-    peak = peak_flops(worker.device, spec.experiment.backbone.dtype)
+    peak = peak_flops(worker.device, spec.dtype)
     meter = StepMeter(settings.steps, first, device=worker.device, world=worker.world, peak=peak)
 
     for step in range(first + 1, settings.steps + 1):

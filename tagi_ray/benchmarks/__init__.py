@@ -28,9 +28,9 @@ BENCHMARKS: dict[str, Callable[[int], Iterator[Row]]] = {
 
 def run(name: str, storage: Path = Path("runs"), rounds: int = ROUNDS) -> tuple[list[Row], Path]:
     """Run a benchmark, and return its rows and the JSON file that holds them."""
-    rows = list(BENCHMARKS[name](rounds))
     path = storage / "benchmark" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(BENCHMARKS[name](rounds))
     result = {"name": name, "machine": machine(), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return rows, path

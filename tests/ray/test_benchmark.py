@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tagi_ray.benchmarks import ingest, ray_overhead
+from tagi_ray.benchmarks import ingest, memory, ray_overhead
 from tagi_ray.benchmarks.shapes import Shape
 from tests.tiny_run import tiny_experiment
 
@@ -52,3 +52,12 @@ def test_ingest_tells_waiting_speed_and_memory(ray_session: None, tmp_path: Path
     assert streamed[0].case == "2048 instances streamed: an instance"
     assert "training process" in streamed[1].case
     assert streamed[1].ours > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_session")
+def test_a_sharded_t5_base_takes_the_memory_that_was_planned() -> None:
+    (found,) = memory.rows(rounds=1)
+    assert found.ours > 0.5  # GiB
+    assert abs(found.ratio - 1) < 0.25

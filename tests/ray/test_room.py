@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from ray.util import placement_group, remove_placement_group
 
 from tagi_ray import cluster
+from tagi_ray.cluster import connect
+from tagi_ray.errors import ConfigError
 from tagi_ray.launch import fit
 from tests.tiny_run import stage_of, tiny_experiment, tiny_run, trained
 
@@ -38,3 +42,15 @@ def test_a_wait_for_room_is_told_and_ends(tmp_path: Path, monkeypatch: pytest.Mo
     assert " for 2 s: " in lines[1]
     assert [line for line in lines if "step 8/8" in line]
     assert not [line for line in lines[4:] if line.startswith("waiting")]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_cluster_that_grows_refuses_nothing_that_one_may_wait_for(tmp_path: Path) -> None:
+    more = tiny_experiment(tmp_path, resources={"workers": 2, "cpus_per_worker": 64})
+    with pytest.raises(ConfigError, match="not even one fits"):
+        connect(more)
+    _internal_kv_put(DEBUG_AUTOSCALING_STATUS.encode(), b"{}")  # as the autoscaler does
+    try:
+        connect(more)
+    finally:
+        _internal_kv_del(DEBUG_AUTOSCALING_STATUS.encode())

@@ -243,9 +243,14 @@ def test_every_job_can_be_submitted(cluster: Cluster) -> None:
     storage = f"storage={cluster.storage}"
     adapters = cluster.storage / "adapters"
     short = ("metatrain.steps=2", "metatrain.valid_groups=2", "data.train_instances=8")
+    texts = cluster.storage / "texts.txt"
+    texts.write_text("\n\n".join(f"tool number {n} is small and green . " * 9 for n in range(400)))
+    raw = {"enabled": "true", "path": texts, "steps": 2, "groups": 4, "micro_groups": 2}
+    pretraining = [f"pretrain.{field}={value}" for field, value in raw.items()]
     for name, arguments, end in (
         ("prepare_data", ("small.yaml", storage), "shards in"),
         ("train_teachers", ("small.yaml", storage), "teachers in"),
+        ("pretrain", ("small.yaml", storage, "name=pre", *pretraining), "checkpoints in"),
         ("finetune", ("small.yaml", storage), "report in"),
         ("evaluate", ("small.yaml", storage), "report in"),
         ("generate", ("small.yaml", storage, "--instruction=Go.", f"--output={adapters}"), "adapt"),

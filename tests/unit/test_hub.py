@@ -198,11 +198,12 @@ def test_a_run_keeps_the_commit_that_it_was_started_with(server, model, tmp_path
 
     model.files[commit(2)] = dict(model.files[commit(1)])
     model.refs["main"] = commit(2)
-    out, err = opened()
+    assert json.loads(opened()[0])[0] == commit(1)
+    assert json.loads(opened(commit(1))[0])[0] == commit(1)
+    out, err = opened(commit(2))
     assert out == ""
     assert f"was started with other weights in backbone.path=owner/t5 (owner/t5@{commit(1)}" in err
     assert f"or set backbone.revision={commit(1)}" in err
-    assert json.loads(opened(commit(1))[0])[0] == commit(1)
 
 
 LOAD = """

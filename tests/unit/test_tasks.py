@@ -66,20 +66,37 @@ def test_split_does_not_depend_on_the_order_of_the_tasks():
     assert split_tasks(tasks, chosen, 3) == split_tasks(tasks[::-1], chosen, 3)
 
 
-def test_listed_tasks_may_be_absent_but_not_every_test_task(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_listed_task_that_is_not_there_is_refused(tmp_path, name):
+    lists = {"train": "a_0\na_1\n", "test": "t_0\n\n"}
+    lists[name] += "a_9\n"
+    for which, text in lists.items():
+        (tmp_path / f"{which}.txt").write_text(text)
+    files = {f"{which}_tasks_file": str(tmp_path / f"{which}.txt") for which in lists}
+    with pytest.raises(
+        DataError, match=rf"{name}\.txt: 'a_9' is not in the data.*Did you mean 'a_"
+    ):
+        split_tasks(tasks_of({"a": 3, "t": 1}), settings(**files, valid_fraction=0.0), 0)
+
+
+def test_tasks_in_neither_list_are_left_out_and_told(tmp_path, caplog):
     train, test = tmp_path / "train.txt", tmp_path / "test.txt"
-    train.write_text("a_0\na_1\na_9\n")
-    test.write_text("t_0\n\nt_7\n")
+    train.write_text("a_0\na_1\n")
+    test.write_text("t_0\n\n")
     chosen = settings(train_tasks_file=str(train), test_tasks_file=str(test), valid_fraction=0.0)
     with caplog.at_level("INFO"):
         split = split_tasks(tasks_of({"a": 3, "t": 1}), chosen, 0)
     assert split == {"a_0": "train", "a_1": "train", "t_0": "test"}
-    assert "1 tasks of" in caplog.text
     assert "1 tasks are in neither list" in caplog.text
 
-    test.write_text("a_8\n")
-    with pytest.raises(DataError, match=r"none of its 1 tasks.*Did you mean"):
-        split_tasks(tasks_of({"a": 3}), chosen, 0)
+
+@pytest.mark.parametrize("seed", range(5))
+def test_validation_takes_no_category_whole(seed):
+    tasks = tasks_of({"a": 12, "b": 1, "c": 1, "d": 2, "t": 1})
+    split = split_tasks(tasks, settings(test_tasks=("t_0",), valid_fraction=0.6), seed)
+    trained = {name[0] for name, part in split.items() if part == "train"}
+    assert trained == set("abcd")
+    assert "valid" in split.values()
 
 
 def test_only_a_test_list_makes_every_other_task_a_training_task(tmp_path):
