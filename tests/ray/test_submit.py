@@ -313,7 +313,9 @@ def test_signals_end_a_local_run_with_their_exit_code(
         job = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+        # A shell lets what it runs in the background ignore Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         until(lambda: job.poll() is not None or (tmp_path / "tiny" / "metrics.jsonl").exists())
         job.send_signal(number)
