@@ -30,7 +30,8 @@ def identify(settings: BackboneSettings, noted: Mapping[str, Any] | None = None)
 
     Returns `weights`, and `files` with size and time of each that was hashed; where these are as
     in `noted`, which an earlier call returned, the files are not read again. Of a hub model nothing
-    but small files is fetched; `hub.pinned` gives its settings the commit. Raises ConfigError for what is no model of the T5 family, or has no safetensors weights.
+    but small files is fetched; `hub.pinned` gives its settings the commit. Raises ConfigError for
+    what is no model of the T5 family, or has no safetensors weights.
     """
     if settings.path == "random":
         return {"weights": "random"}
