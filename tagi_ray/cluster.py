@@ -28,6 +28,9 @@ PROBE_SECONDS = 15.0
 UNBOUNDED = 10**6
 """Nodes of a kind whose number the autoscaler does not limit."""
 
+NODE_GROUP = "ray.io/node-group"
+"""Label that `ray up` and KubeRay give to the nodes of a cluster whose autoscaler starts others."""
+
 _COUNTED = ("CPU", "GPU")
 
 logger = logging.getLogger(__name__)
@@ -138,21 +141,10 @@ def _nodes() -> list[tuple[Mapping[str, float], int]] | None:
             (dict(kind.resources), kind.max_count if kind.max_count > 0 else UNBOUNDED)
             for kind in kinds
         ]
-    if _has_autoscaler():
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if any(node["Labels"].get(NODE_GROUP) for node in alive):
         return None
-    return [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
-
-
-def _has_autoscaler() -> bool:
-    """Say whether an autoscaler of either version reports to the cluster."""
-    import ray
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    reported = status.stats.autoscaler_version not in (None, "", "0")
-    return reported or _internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode()) is not None
+    return [(node["Resources"], 1) for node in alive]
 
 
 def check_capacity(

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from ray.util import placement_group, remove_placement_group
 
 from tagi_ray import cluster
@@ -45,12 +43,12 @@ def test_a_wait_for_room_is_told_and_ends(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_cluster_that_grows_refuses_nothing_that_one_may_wait_for(tmp_path: Path) -> None:
+def test_a_cluster_that_grows_refuses_nothing_that_one_may_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     more = tiny_experiment(tmp_path, resources={"workers": 2, "cpus_per_worker": 64})
     with pytest.raises(ConfigError, match="not even one fits"):
         connect(more)
-    _internal_kv_put(DEBUG_AUTOSCALING_STATUS.encode(), b"{}")  # as the autoscaler does
-    try:
-        connect(more)
-    finally:
-        _internal_kv_del(DEBUG_AUTOSCALING_STATUS.encode())
+    labelled = [{**node, "Labels": {"ray.io/node-group": "head"}} for node in ray.nodes()]
+    monkeypatch.setattr(ray, "nodes", lambda: labelled)
+    connect(more)
