@@ -32,6 +32,7 @@ from tagi_ray.shard_writer import list_sources, write_shards
 from tagi_ray.shards import MANIFEST, read_manifest, read_tasks_of
 from tagi_ray.stages import (
     BACKBONE,
+    RECOMPUTING,
     REPORTING,
     StageSpec,
     backbone_weights,
@@ -212,7 +213,7 @@ def _dumped(experiment: Experiment) -> dict[str, Any]:
 def _differences(was: Any, now: Any, where: tuple[str, ...] = ()) -> list[str]:
     if not FREE_TO_CHANGE.isdisjoint(where[:1]) or not REPORTING.isdisjoint(where[1:2]):
         return []
-    if where in (("backbone", "revision"), ("backbone", "activation_checkpointing")):
+    if where[:1] == ("backbone",) and not {"revision", *RECOMPUTING}.isdisjoint(where[1:2]):
         return []  # the weights themselves are compared, and recomputing changes no result
     if isinstance(was, dict) and isinstance(now, dict):
         return [

@@ -254,12 +254,9 @@ def _build_teachers(spec: StageSpec, device: torch.device) -> Stage:
 
 
 def _build_model(spec: StageSpec, kind: ModelKind, device: torch.device) -> TagiModel:
-    experiment = spec.experiment
-    if spec.kind == "pretrain":
-        given = {"dtype": experiment.pretrain.dtype}
-        backbone = experiment.backbone.model_copy(update=given)
-        experiment = experiment.model_copy(update={"backbone": backbone})
-    dtype = getattr(torch, experiment.backbone.dtype)
+    backbone = spec.experiment.backbone.model_copy(update={"dtype": spec.dtype})
+    experiment = spec.experiment.model_copy(update={"backbone": backbone})
+    dtype = getattr(torch, spec.dtype)
     with sharded_loading(spec.settings, experiment.resources, dtype, device):
         model = build_model(experiment, spec.run_folder / "tokenizer", kind, spec.seed)
     return model.to(device)
