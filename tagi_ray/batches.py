@@ -2,13 +2,14 @@
 
 Both ways call the same pure functions in the same order, so they give the same batches.
 
-Axes: K tasks (groups), N instances of each, I instruction, S source and T target tokens.
+Axes: K tasks (groups), N instances of each, I instruction, S source and T target tokens, C entries
+of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tagi_ray.errors import DataError
 from tagi_ray.groups import Part, TextGroup, load_tokenizer, prepare, tokenise
 from tagi_ray.order import OrderPlan, micro_batches, rank_positions
 from tagi_ray.sections import DataSettings
@@ -53,13 +55,17 @@ class Batch:
     """Global position of the first group."""
     cut_texts: int
     """Texts of this batch that were longer than allowed."""
+    teacher_ids_KNTC: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, 0).long())
+    """What the teacher takes to be most likely at each target token."""
+    teacher_logp_KNTC: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, 0))
+    """Their log-probabilities; 0, as the ids are, where padded and of tasks without a teacher."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on a device."""
         tensors = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if field.name.endswith(("_K", "_KI", "_KNS", "_KNT"))
+            one.name: getattr(self, one.name).to(device)
+            for one in fields(self)
+            if one.name.endswith(("_K", "_KI", "_KNS", "_KNT", "_KNTC"))
         }
         return replace(self, **tensors)
 
@@ -88,11 +94,15 @@ def local_batches(
     stop_position: int,
     micro_groups: int,
     parts: Sequence[Part],
+    teacher_folder: Path | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """Yield a rank's batches of the positions in [start, stop), prepared in this process."""
-    step = _block_step(shards_folder, plan, tokenizer_folder, settings, parts)
+    """Yield a rank's batches of the positions in [start, stop), prepared in this process.
+
+    teacher_folder: where the part `teacher` is read.
+    """
+    step = _block_step(shards_folder, plan, tokenizer_folder, settings, parts, teacher_folder)
     tokenizer = load_tokenizer(str(Path(tokenizer_folder).absolute()))
     positions = rank_positions(start_position, stop_position, rank, world)
     for block in micro_batches(positions, _block_size(micro_groups)):
@@ -109,13 +119,14 @@ def iterate_batches(
     stop_position: int,
     micro_groups: int,
     parts: Sequence[Part],
+    teacher_folder: Path | None = None,
     rank: int,
     world: int,
 ) -> Iterator[Batch]:
     """Yield what `local_batches` yields, prepared by Ray Data tasks ahead of the consumer."""
     import ray.data
 
-    step = _block_step(shards_folder, plan, tokenizer_folder, settings, parts)
+    step = _block_step(shards_folder, plan, tokenizer_folder, settings, parts, teacher_folder)
     pad_id = load_tokenizer(str(Path(tokenizer_folder).absolute())).pad_id
     size = _block_size(micro_groups)
     positions = rank_positions(start_position, stop_position, rank, world)
@@ -136,6 +147,7 @@ def _block_step(
     tokenizer_folder: Path,
     settings: DataSettings,
     parts: Sequence[Part],
+    teacher_folder: Path | None,
 ) -> partial[pa.Table]:
     # The shards' files are named from the root: a task on another node has another working folder.
     files = tuple(str((Path(shards_folder) / name).absolute()) for name in plan.index.files)
@@ -146,6 +158,7 @@ def _block_step(
         tokenizer_folder=str(Path(tokenizer_folder).absolute()),
         settings=settings,
         parts=tuple(parts),
+        teacher_folder=teacher_folder and str(Path(teacher_folder).absolute()),
     )
 
 
@@ -177,6 +190,8 @@ def collate(table: pa.Table, pad_id: int) -> Batch:
     instruction_ids, instruction_mask = padded("instruction", pad_id)
     input_ids, input_mask = padded("input", pad_id)
     prompt_ids, prompt_mask = padded("prompt", pad_id)
+    target_ids, target_mask = padded("target", IGNORED)
+    teacher_ids, teacher_logp = _taught(table, target_mask)
     return Batch(
         instruction_ids_KI=instruction_ids,
         instruction_mask_KI=instruction_mask,
@@ -184,10 +199,35 @@ def collate(table: pa.Table, pad_id: int) -> Batch:
         input_mask_KNS=input_mask,
         prompt_ids_KNS=prompt_ids,
         prompt_mask_KNS=prompt_mask,
-        target_ids_KNT=padded("target", IGNORED)[0],
+        target_ids_KNT=target_ids,
         slots_K=torch.from_numpy(table["slot"].to_numpy().astype(np.int64)),
         tasks=tuple(table["task"].to_pylist()),
         categories=tuple(table["category"].to_pylist()),
         position=table["position"][0].as_py(),
         cut_texts=int(np.sum(table["cut"].to_numpy())),
+        teacher_ids_KNTC=teacher_ids,
+        teacher_logp_KNTC=teacher_logp,
     )
+
+
+def _taught(table: pa.Table, target_mask_KNT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the teacher knows, ids and log-probabilities, beside the target tokens."""
+    ids, logp = (table[f"teacher_{name}"].combine_chunks().flatten() for name in ("ids", "logp"))
+    counts_KN = torch.from_numpy(
+        ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    )
+    tokens_KN = target_mask_KNT.sum(-1)
+    counts_KN = counts_KN.view_as(tokens_KN)
+    kept = int((counts_KN // tokens_KN.clamp_min(1)).max())
+    taught_KN = counts_KN > 0
+    if not torch.equal(counts_KN, tokens_KN * taught_KN * kept):
+        raise DataError("the teacher's logits are of other texts: remove the run's teacher_logits")
+    places_KNT = target_mask_KNT & taught_KN[..., None]
+    found: list[Tensor] = []
+    for values, dtype in ((ids, torch.long), (logp, torch.float32)):
+        known = torch.zeros(*target_mask_KNT.shape, kept, dtype=dtype)
+        if kept:
+            flat = torch.tensor(values.flatten().to_numpy(), dtype=dtype)
+            known[places_KNT] = flat.view(-1, kept)
+        found.append(known)
+    return found[0], found[1]

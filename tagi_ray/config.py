@@ -5,20 +5,24 @@ Imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from tagi_ray.method_sections import (
+    DistillationSettings,
+    FusionSettings,
+    HypernetworkSettings,
+    VariantSettings,
+)
 from tagi_ray.sections import (
     BackboneSettings,
     BankSettings,
     DataSettings,
-    DistillationSettings,
     Distinct,
     EvaluationSettings,
-    FusionSettings,
-    HypernetworkSettings,
     Logger,
     LoraSettings,
     MetatrainSettings,
@@ -27,10 +31,24 @@ from tagi_ray.sections import (
     Section,
     StageSettings,
     TeacherSettings,
-    Variant,
 )
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+VARIANT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+BASELINES = ("base", "metatrain", "teacher")
+"""Systems that are no variant of the method."""
+CONTROLS = ("no_bank", "no_fusion", "shuffled", "empty")
+"""What a variant's name may be followed by, in the name of a system."""
+
+
+def control_of(system: str, variants: Iterable[str]) -> tuple[str, str | None] | None:
+    """Return the variant that a system names, and its control or None; None for another name."""
+    for variant in variants:
+        if system == variant:
+            return variant, None
+        if system.removeprefix(f"{variant}_") in CONTROLS and system.startswith(f"{variant}_"):
+            return variant, system.removeprefix(f"{variant}_")
+    return None
 
 
 class Experiment(Section):
@@ -54,8 +72,12 @@ class Experiment(Section):
     metatrain: MetatrainSettings = MetatrainSettings()
     oracle: BankSettings = BankSettings()
     """Teachers of the held-out tasks: an upper bound that nothing else may read."""
-    variants: Distinct[Variant] = ("tagi",)
-    """Hypernetworks to train: the method, or with fusion off, or with the bank zeroed."""
+    variants: dict[str, VariantSettings] = Field(
+        default_factory=lambda: {"tagi": VariantSettings()}
+    )
+    """Hypernetworks, each named by the system that it is: `tagi` with the settings of the other
+    sections, and others with some of them changed. Those that evaluation.systems names are
+    trained."""
     resources: ResourceSettings = ResourceSettings()
     loggers: tuple[Logger, ...] = ()
     """Where the metrics go besides metrics.jsonl; each takes its own environment variables."""
@@ -89,21 +111,67 @@ class Experiment(Section):
                 "evaluation.systems asks for 'teacher', which is trained on data.oracle_instances=0"
                 " instances of the held-out tasks: set it, or leave the system out"
             )
-        for system in self.evaluation.systems:
-            variant = system.removesuffix("_shuffled")
-            ablated = variant in ("tagi_adapter_only", "tagi_fusion_only")
-            if ablated and variant not in self.variants:
-                problems.append(
-                    f"evaluation.systems asks for {system!r}, but {variant!r} is not in variants"
-                )
-        if "tagi_fusion_only" in self.variants and self.fusion.kind == "none":
+        strange = [
+            repr(system)
+            for system in self.evaluation.systems
+            if system not in BASELINES and control_of(system, self.variants) is None
+        ]
+        if strange:
             problems.append(
-                "variants has 'tagi_fusion_only', and fusion.kind=none leaves it nothing to train:"
-                " set fusion.kind=concat, or leave the variant out"
+                f"evaluation.systems asks for {', '.join(strange)}: a system is one of"
+                f" {', '.join(BASELINES)}, or one of variants ({', '.join(self.variants)}), alone or"
+                f" with _{', _'.join(CONTROLS)} behind it"
             )
+        problems += self._unfit_variants()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def scored_variants(self) -> tuple[str, ...]:
+        """Return the variants that the systems to score name, which are those that are trained."""
+        named = [control_of(system, self.variants) for system in self.evaluation.systems]
+        return tuple(v for v in self.variants if any(one and one[0] == v for one in named))
+
+    def varied(self, variant: str) -> Experiment:
+        """Return the settings that a variant is trained with."""
+        changed: dict[str, Section] = {}
+        for section, delta in self.variants[variant]:
+            if delta:
+                settings: Section = getattr(self, section)
+                document = json.dumps({**settings.model_dump(mode="json"), **delta})
+                changed[section] = type(settings).model_validate_json(document, strict=True)
+        return self.model_copy(update=changed)
+
+    def _unfit_variants(self) -> Iterator[str]:
+        if not self.variants:
+            yield "variants names none: leave it out, or name one"
+        for name in self.variants:
+            reserved = name in BASELINES or name.endswith(tuple(f"_{c}" for c in CONTROLS))
+            if reserved or not VARIANT_NAME.fullmatch(name):
+                yield (
+                    f"variants.{name} cannot be the name of a system: use at most 32 of a to z, 0"
+                    f" to 9 and '_', a letter first, and neither {', '.join(BASELINES)} nor one"
+                    f" that ends in _{', _'.join(CONTROLS)}"
+                )
+            try:
+                one = self.varied(name)
+            except ValidationError as error:
+                for details in error.errors(include_url=False):
+                    where = ".".join(str(part) for part in details["loc"])
+                    told = details["msg"].removeprefix("Value error, ")
+                    yield f"variants.{name}: {where or error.title}: {told}"
+                continue
+            if one.hypernetwork.generator == "none" and not one.fusion.cross_attention:
+                yield (
+                    f"variants.{name}: hypernetwork.generator=none and fusion.kind="
+                    f"{one.fusion.kind} leave nothing to train: set a fusion.kind with"
+                    " cross_attention, or another generator"
+                )
+            if one.pretrain.enabled and not self.pretrain.enabled:
+                yield (
+                    f"variants.{name}.pretrain.enabled=true: variants can leave pretraining out:"
+                    " set pretrain.enabled=true for the run, and false where it is not wanted"
+                )
 
     def _unfit_offloading(self) -> Iterator[str]:
         resources = self.resources
@@ -158,6 +226,17 @@ class Experiment(Section):
                 for name in ("valid_every", "valid_groups"):
                     if getattr(stage, name) != getattr(defaults, name):
                         yield f"{section}.{name} would not be read: teachers are not validated"
+        distillation = self.distillation
+        if distillation.checkpoint and distillation.lambda_kl == 0:
+            yield (
+                f"distillation.checkpoint={distillation.checkpoint} would not be read:"
+                " distillation.lambda_kl=0 has no use for its logits: set it, or leave that out"
+            )
+        if distillation.checkpoint_revision and not distillation.checkpoint:
+            yield (
+                f"distillation.checkpoint_revision={distillation.checkpoint_revision} would not be"
+                " read: give distillation.checkpoint, the hub id that it is a revision of"
+            )
         if self.metatrain.optimizer.learning_rate != defaults.optimizer.learning_rate:
             yield (
                 "metatrain.optimizer.learning_rate would not be read: set"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from tagi_ray import hub
+from tagi_ray import hub, synthetic
 from tagi_ray.errors import DataError
 from tagi_ray.groups import SHORTEST_TEXT
 from tagi_ray.json_files import line_text, lines_of, refuse
@@ -69,7 +69,7 @@ class Corpus:
         texts = read_texts(self.settings)
         while some := list(islice(texts, READ_AHEAD)):
             for text, tokens in zip(some, self.tokenizer.lengths(some), strict=True):
-                if tokens - 1 < SHORTEST_TEXT:  # without the end token
+                if tokens - self.tokenizer.ends_texts < SHORTEST_TEXT:
                     self.too_short += 1
                     continue
                 yield Instance(hash_of(text), text, ("",))
@@ -144,6 +144,8 @@ def _table(
 
 def check_path(settings: PretrainSettings) -> None:
     """Raise DataError or ConfigError where there is nothing to read, which takes a moment to see."""
+    if settings.path == synthetic.WORLD:
+        return
     if _is_on_hub(settings):
         hub.commit_of("pretrain.path", str(settings.path), settings.revision, "dataset")
     else:
@@ -157,6 +159,9 @@ def read_texts(settings: PretrainSettings) -> Iterator[str]:
     about max_tokens; what a longer line or record has beyond that is not trained on. Raises
     DataError with file and line at the first that can't be read.
     """
+    if settings.path == synthetic.WORLD:
+        yield from synthetic.texts()
+        return
     kept = LONGEST * settings.max_tokens
     if _is_on_hub(settings):
         yield from (text[:kept] for text in _hub_texts(settings))

@@ -1,4 +1,4 @@
-"""Make the small backbone of the embedded world that ships with the package.
+"""Make the small backbones of the embedded world that ship with the package.
 
 It is instruction-tuned from scratch on the training tasks, instruction in the prompt; then it is
 frozen, and everything that the demo shows is done by adapters. `tasks.json` lists what it saw.
@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tagi_ray import recipes
-from tagi_ray.architecture import DEMO
+from tagi_ray.architecture import SHIPPED, is_causal
 from tagi_ray.cluster import connect
 from tagi_ray.config import Experiment
 from tagi_ray.evaluate import load_weights
@@ -51,7 +51,8 @@ def train_demo_backbone(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = recipes.lasting("--output", output or DEMO)
+    shipped = SHIPPED["demo_decoder" if is_causal(experiment.backbone) else "demo"]
+    folder = recipes.lasting("--output", output or shipped)
     folder.mkdir(parents=True, exist_ok=True)
     word_tokenizer().save(str(folder / TOKENIZER))
     experiment, run = open_run(experiment)

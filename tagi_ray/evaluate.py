@@ -21,19 +21,18 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from tagi_ray.backbone import EncodedInstruction
 from tagi_ray.batches import text_batch
 from tagi_ray.config import Experiment
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.export import stack_adapters
 from tagi_ray.groups import Part, TextGroup
+from tagi_ray.instruction import FusedInstruction
 from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank
 from tagi_ray.metrics import METRICS, Prediction, aggregate, exact_match, rouge_l
-from tagi_ray.model import TagiModel, build_model
-from tagi_ray.sections import System
+from tagi_ray.model import ModelKind, TagiModel, build_model
 from tagi_ray.shards import ShardTask, read_manifest, read_tasks_of
-from tagi_ray.systems import KNOWN_SYSTEMS, SystemPlan, Weights, instruction_sources
+from tagi_ray.systems import SystemPlan, instruction_sources, plan_of
 from tagi_ray.tasks import Task
 from tagi_ray.teachers import teacher_name
 from tagi_ray.vocabulary import TextTokenizer
@@ -65,12 +64,12 @@ class Scorer:
     def _predict_chunk(
         self, plan: SystemPlan, tasks: Sequence[ShardTask], sources: Mapping[str, Task]
     ) -> Iterator[Prediction]:
-        bank, memory = self.condition(plan, tasks, sources)
+        bank, fused = self.condition(plan, tasks, sources)
         size = self.experiment.evaluation.instances_per_batch
         answers: dict[str, list[str]] = {task.task.name: [] for task in tasks}
         for start in range(0, max(len(task.instances) for task in tasks), size):
             groups = [_group(task, sources[task.task.name], start, size) for task in tasks]
-            for task, rows in zip(tasks, self._decode(plan, groups, bank, memory), strict=True):
+            for task, rows in zip(tasks, self._decode(plan, groups, bank, fused), strict=True):
                 real = max(len(task.instances) - start, 0)  # the rows after these fill the batch up
                 answers[task.task.name] += self.tokenizer.decode_batch(rows[:real])
         for task in tasks:
@@ -78,8 +77,8 @@ class Scorer:
 
     def condition(
         self, plan: SystemPlan, tasks: Sequence[ShardTask], sources: Mapping[str, Task]
-    ) -> tuple[LoraBank | None, EncodedInstruction | None]:
-        """Return the bank of K tasks and what the decoder's memory gets of their instructions.
+    ) -> tuple[LoraBank | None, FusedInstruction | None]:
+        """Return the bank of K tasks and what else the student gets of their instructions.
 
         The hypernetwork runs once, on the instructions of `sources` (see `predict`).
         """
@@ -111,7 +110,7 @@ class Scorer:
         plan: SystemPlan,
         groups: Sequence[TextGroup],
         bank: LoraBank | None,
-        memory: EncodedInstruction | None,
+        fused: FusedInstruction | None,
     ) -> list[list[list[int]]]:
         """Return the ids that follow each prompt: K lists of N lists."""
         kind = self.experiment.oracle.prompt if plan.prompt == "oracle" else plan.prompt
@@ -124,10 +123,8 @@ class Scorer:
             else (batch.input_ids_KNS, batch.input_mask_KNS)
         )
         backbone = self.model.backbone
-        with backbone.bound(bank):
-            return backbone.decode_greedy(
-                ids_KNS, mask_KNS, memory, settings.max_target_tokens
-            ).tolist()
+        with backbone.bound(bank, fused):
+            return backbone.decode_greedy(ids_KNS, mask_KNS, settings.max_target_tokens).tolist()
 
     @property
     def _device(self) -> torch.device:
@@ -197,21 +194,26 @@ class Evaluator:
     def __init__(self, experiment: Experiment, run_folder: Path) -> None:
         self._experiment = experiment
         self._run_folder = run_folder
-        self._loaded: tuple[Weights | None, Path | None] | None = None
+        self._loaded: tuple[str | None, Path | None] | None = None
         self._scorer: Scorer
         torch.set_num_threads(experiment.resources.cpus_per_worker)
 
     def score(self, job: Job) -> list[Prediction]:
         """Answer and score a job's tasks."""
-        plan = KNOWN_SYSTEMS[job.system]
+        plan = plan_of(job.system, self._experiment)
         self._load(plan.weights, job.weights)
         return self._scorer.predict(plan, job.tasks, job.sources)
 
-    def _load(self, weights: Weights | None, path: Path | None) -> None:
+    def _load(self, weights: str | None, path: Path | None) -> None:
         if self._loaded == (weights, path):
             return
         experiment, tokenizer = self._experiment, self._run_folder / "tokenizer"
-        model = build_model(experiment, tokenizer, weights or "teacher", experiment.seeds[0])
+        kind: ModelKind = "teacher"
+        if weights == "metatrain":
+            kind = "metatrain"
+        elif weights is not None:
+            experiment, kind = experiment.varied(weights), "hypernetwork"
+        model = build_model(experiment, tokenizer, kind, experiment.seeds[0])
         if path is not None:
             load_weights(model, path)
         device = "cuda" if experiment.resources.gpus_per_worker else "cpu"
@@ -229,7 +231,7 @@ class Job:
     """A chunk of tasks for one system of one seed."""
 
     seed: int
-    system: System
+    system: str
     weights: Path | None
     tasks: tuple[ShardTask, ...]
     sources: Mapping[str, Task]
@@ -238,7 +240,7 @@ class Job:
 def evaluate(
     experiment: Experiment,
     run_folder: Path,
-    weights: Mapping[int, Mapping[Weights, Path]],
+    weights: Mapping[int, Mapping[str, Path]],
     progress: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Score the experiment's systems on a connected Ray cluster, and write what was found.
@@ -256,7 +258,7 @@ def evaluate(
     tasks = [task for task in read_tasks_of(run_folder / "shards", "test") if task.instances]
     if not tasks:
         raise DataError(f"{run_folder / 'shards'} holds no test instances: prepare the data again")
-    found: dict[System, dict[int, dict[str, Any]]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for (seed, system), predictions in _answers(experiment, run_folder, tasks, weights):
         path = run_folder / "predictions" / str(seed) / f"{system}.parquet"
         write_predictions(path, predictions)
@@ -273,17 +275,17 @@ def evaluate(
 def plan_jobs(
     experiment: Experiment,
     tasks: Sequence[ShardTask],
-    weights: Mapping[int, Mapping[Weights, Path]],
+    weights: Mapping[int, Mapping[str, Path]],
 ) -> Iterator[Job]:
     """Yield the work in an order in which actors seldom change weights, and systems are complete.
 
     Raises CheckpointError where the weights of a system are missing.
     """
-    systems = experiment.evaluation.systems
-    ordered = sorted(systems, key=lambda system: KNOWN_SYSTEMS[system].weights or "")
+    plans = {name: plan_of(name, experiment) for name in experiment.evaluation.systems}
+    ordered = sorted(plans, key=lambda system: plans[system].weights or "")
     for seed in experiment.seeds:
         for system in ordered:
-            plan, path = KNOWN_SYSTEMS[system], None
+            plan, path = plans[system], None
             if plan.weights is not None:
                 path = weights.get(seed, {}).get(plan.weights)
                 if path is None:
@@ -303,8 +305,8 @@ def _answers(
     experiment: Experiment,
     run_folder: Path,
     tasks: Sequence[ShardTask],
-    weights: Mapping[int, Mapping[Weights, Path]],
-) -> Iterator[tuple[tuple[int, System], list[Prediction]]]:
+    weights: Mapping[int, Mapping[str, Path]],
+) -> Iterator[tuple[tuple[int, str], list[Prediction]]]:
     """Yield (seed, system) and its predictions, each as soon as its last chunk is done."""
     import ray
     from ray.util import ActorPool
@@ -349,9 +351,8 @@ def write_scores(
     """Write `scores.json` and return it; other systems' scores of an equal `run` stay in it."""
     path = run_folder / "scores.json"
     before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    merged = {**(before["systems"] if before.get("run") == run else {}), **systems}
-    ordered = {name: merged[name] for name in KNOWN_SYSTEMS if name in merged}
-    scores = {"systems": ordered, "run": dict(run)}
+    kept = before["systems"] if before.get("run") == run else {}
+    scores = {"systems": {**kept, **systems}, "run": dict(run)}
     write_whole(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     return scores
 

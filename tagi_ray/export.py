@@ -4,7 +4,7 @@ Stock PEFT and vLLM load the directory as it is. A run with fusion adds the enco
 which they don't know. Reading trusts nothing: no pickle, no link, and every name, shape and value
 is checked before it is used.
 
-Axes: K tasks, R rank, D features, I instruction tokens.
+Axes: K tasks, R rank, D features, I instruction tokens, L layers, H heads, E features of a head.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tagi_ray.backbone import EncodedInstruction
+from tagi_ray.adapter_files import (
+    file_hash,
+    read_header,
+    read_json,
+    read_tensors,
+    refuse_pickles_and_links,
+)
 from tagi_ray.errors import AdapterError
+from tagi_ray.instruction import FusedInstruction
 from tagi_ray.lora import LoraBank, Site
+from tagi_ray.method_sections import FusionSettings
 from tagi_ray.sections import LoraSettings
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,14 +41,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 INSTRUCTION_FILE = "instruction.safetensors"
 EXTRAS_FILE = "tagi.json"
 PEFT_PREFIX = "base_model.model."
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MAX_CONFIG_BYTES = 1 << 20
 
 PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -66,15 +70,17 @@ def write_adapter(
     lora: LoraSettings,
     base_model: str,
     task_type: str = "SEQ_2_SEQ_LM",
+    transposed: bool = False,
     readme: str | None = None,
-    instruction: EncodedInstruction | None = None,
+    instruction: FusedInstruction | None = None,
     fusion: str = "none",
     fusion_weights_hash: str | None = None,
 ) -> None:
     """Write a slot of a bank as a PEFT directory, in the bank's dtype; one of that name is replaced.
 
-    The directory appears complete or not at all. With fusion, the slot's encoded instruction is
-    written too, with the hash of the fusion's weights (None: the fusion has none).
+    The directory appears complete or not at all. transposed: whether the sites are Conv1D. With
+    fusion, what the student gets of the slot's instruction is written too, with the hash of the
+    fusion's weights (None: the fusion has none).
     Raises AdapterError for a factor that isn't finite or doesn't belong to `lora`.
     """
     tensors = _peft_tensors(bank, slot, lora, folder)
@@ -82,7 +88,7 @@ def write_adapter(
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
-        _write_json(draft / CONFIG_FILE, _peft_config(lora, base_model, task_type))
+        _write_json(draft / CONFIG_FILE, _peft_config(lora, base_model, task_type, transposed))
         if instruction is not None:
             _write_instruction(draft, instruction, slot, fusion, fusion_weights_hash)
         if readme is not None:
@@ -124,7 +130,9 @@ def _key(site: str, factor: str) -> str:
     return f"{PEFT_PREFIX}{site}.lora_{factor}.weight"
 
 
-def _peft_config(lora: LoraSettings, base_model: str, task_type: str) -> dict[str, Any]:
+def _peft_config(
+    lora: LoraSettings, base_model: str, task_type: str, transposed: bool
+) -> dict[str, Any]:
     """What stock PEFT needs to attach the adapter to exactly the run's sites.
 
     A run's sites are all linears with these last parts of their names, and so PEFT reads the list.
@@ -137,6 +145,7 @@ def _peft_config(lora: LoraSettings, base_model: str, task_type: str) -> dict[st
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         target_modules=list(lora.targets),
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,
         bias="none",
         task_type=task_type,  # pyright: ignore[reportArgumentType]
         base_model_name_or_path=base_model,
@@ -148,11 +157,24 @@ def _peft_config(lora: LoraSettings, base_model: str, task_type: str) -> dict[st
 
 
 def _write_instruction(
-    folder: Path, instruction: EncodedInstruction, slot: int, fusion: str, weights_hash: str | None
+    folder: Path, instruction: FusedInstruction, slot: int, fusion: str, weights_hash: str | None
 ) -> None:
-    mask = instruction.mask_KI[slot].cpu().bool().clone()
-    states = instruction.states_KID[slot].detach().to("cpu", torch.float32, copy=True)
-    save_file({"states": states.contiguous(), "mask": mask}, folder / INSTRUCTION_FILE)
+    """Write the instruction's tokens without padding: states [I, D], or keys and values [L, H, I, E]."""
+    mask = instruction.mask_KI[slot].cpu().bool()
+    mask = mask[: int(mask.sum())]
+    tensors = {"mask": mask.clone()}
+    memory, attended = instruction.memory_KID, instruction.attended_KID
+    states = attended if memory is None else memory  # the encoder's, whoever reads them
+    if states is not None:
+        kept = states[slot, : len(mask)].detach().to("cpu", torch.float32, copy=True)
+        tensors["states"] = kept.contiguous()
+    if instruction.prefix:
+        for name, layers in zip(
+            ("keys", "values"), zip(*instruction.prefix, strict=True), strict=True
+        ):
+            kept = torch.stack([layer[slot, :, : len(mask)] for layer in layers])
+            tensors[name] = kept.detach().cpu().contiguous()
+    save_file(tensors, folder / INSTRUCTION_FILE)
     _write_json(
         folder / EXTRAS_FILE,
         {
@@ -183,12 +205,6 @@ def _swap_in(draft: Path, folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def module_hash(module: nn.Module | None) -> str | None:
@@ -247,13 +263,13 @@ def read_adapter(
     Raises AdapterError, before any tensor is read, unless its base model, rank, alpha, tensor
     names and shapes are exactly the run's; and for values that aren't finite.
     """
-    _refuse_pickles_and_links(folder)
+    refuse_pickles_and_links(folder)
     _check_config(folder, sites, rank=rank, alpha=alpha, base_model=base_model)
     expected: dict[str, list[int]] = {}
     for site in sites:
         expected[_key(site.name, "A")] = [rank, site.d_in]
         expected[_key(site.name, "B")] = [site.d_out, rank]
-    tensors = _read_tensors(folder / WEIGHTS_FILE, expected)
+    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
     return LoraBank(
         {site.name: tensors[_key(site.name, "A")].float().unsqueeze(0) for site in sites},
         {site.name: tensors[_key(site.name, "B")].float().unsqueeze(0) for site in sites},
@@ -276,42 +292,51 @@ def stack_adapters(
     )
 
 
-def read_instruction(folder: Path) -> EncodedInstruction:
-    """Read the encoded instruction of an adapter made with fusion, as a batch of one task."""
-    _refuse_pickles_and_links(folder)
-    path = folder / INSTRUCTION_FILE
-    shapes = _header(path)
-    if set(shapes) != {"states", "mask"} or len(shapes["states"]) != 2:
-        raise AdapterError(f"{path} holds {shapes}, not states [I, D] and mask [I]: export again")
-    if shapes["mask"] != shapes["states"][:1]:
+def read_instruction(folder: Path) -> FusedInstruction:
+    """Read what the student gets of an adapter's instruction, as a batch of one task."""
+    refuse_pickles_and_links(folder)
+    path, extras = folder / INSTRUCTION_FILE, read_json(folder / EXTRAS_FILE)
+    try:
+        fusion = FusionSettings(kind=extras.get("fusion", "none"))
+    except ValueError:
         raise AdapterError(
-            f"{path}: mask {shapes['mask']} doesn't fit states {shapes['states']}: export again"
+            f"{folder / EXTRAS_FILE}: fusion={extras['fusion']!r} is no kind of fusion: export again"
+        ) from None
+    shapes = read_header(path)
+    names = ("keys", "values") if fusion.kind == "kv_prefix" else ("states",)
+    sizes = [shapes.get(name, []) for name in names]
+    if (
+        set(shapes) != {"mask", *names}
+        or any(size != sizes[0] for size in sizes)
+        or len(sizes[0]) != (4 if "keys" in names else 2)
+    ):
+        wanted = "keys and values [L, H, I, E]" if "keys" in names else "states [I, D]"
+        raise AdapterError(f"{path} holds {shapes}, not {wanted} and mask [I]: export again")
+    if shapes["mask"] != sizes[0][-2:-1]:
+        raise AdapterError(
+            f"{path}: mask {shapes['mask']} doesn't fit {names[0]} {sizes[0]}: export again"
         )
-    tensors = _read_tensors(path, shapes)
+    tensors = read_tensors(path, shapes)
     mask = tensors["mask"].bool()
     if not mask.any():
         raise AdapterError(f"{path}: the mask leaves no token of the instruction: export again")
-    return EncodedInstruction(tensors["states"].float().unsqueeze(0), mask.unsqueeze(0))
-
-
-def _refuse_pickles_and_links(folder: Path) -> None:
-    if folder.is_symlink() or not folder.is_dir():
-        raise AdapterError(f"{folder} is not a folder: give a PEFT adapter's own, not a link to it")
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink():
-            raise AdapterError(f"{path} is a link, which is not followed: copy the file there")
-        if path.suffix in PICKLES:
-            raise AdapterError(
-                f"{path} is a pickle, which can run code and is never loaded: save the adapter with"
-                f" safe_serialization=True as {WEIGHTS_FILE}, and remove it"
-            )
+    if "keys" in names:
+        pairs = zip(tensors["keys"], tensors["values"], strict=True)
+        prefix = tuple((keys[None], values[None]) for keys, values in pairs)
+        return FusedInstruction(mask[None], prefix=prefix)
+    states = tensors["states"].float()[None]
+    return FusedInstruction(
+        mask[None],
+        states if fusion.concat else None,
+        states if fusion.cross_attention else None,
+    )
 
 
 def _check_config(
     folder: Path, sites: Sequence[Site], *, rank: int, alpha: float, base_model: str
 ) -> None:
     path = folder / CONFIG_FILE
-    config = _read_config(path)
+    config = read_json(path)
     targets = config.get("target_modules")
     found = {
         "peft_type": config.get("peft_type"),
@@ -319,6 +344,7 @@ def _check_config(
         "r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": sorted(map(str, targets)) if isinstance(targets, list) else targets,
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
     }
     wanted = {
         "peft_type": "LORA",
@@ -326,6 +352,7 @@ def _check_config(
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted({site.module for site in sites}),
+        "fan_in_fan_out": any(site.transposed for site in sites),
     }
     for field, value in wanted.items():
         if found[field] != value:
@@ -339,54 +366,3 @@ def _check_config(
                 f"{path}: {field}={config[field]!r} makes it more than a plain LoRA:"
                 f" train the adapter with {field}={plain[0]!r}"
             )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(
-                f"{path} has more than {MAX_CONFIG_BYTES} bytes: give a PEFT configuration"
-            )
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: give the folder of a PEFT adapter") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}): export it again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} is not a JSON object: export the adapter again")
-    return config
-
-
-def _header(path: Path) -> dict[str, list[int]]:
-    """Tensor names and shapes of a safetensors file; no tensor is read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: export the adapter again") from None
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise AdapterError(f"{path} can't be read ({error}): export the adapter again") from None
-
-
-def _read_tensors(path: Path, expected: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Read a file's tensors if their names and shapes are exactly the expected ones."""
-    shapes = _header(path)
-    problems = [f"{name} is missing" for name in expected if name not in shapes]
-    problems += [f"{name} does not belong there" for name in shapes if name not in expected]
-    problems += [
-        f"{name} has shape {shapes[name]}, not {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise AdapterError(
-            f"{path}: {'; '.join(problems[:3])}{more}:"
-            " use an adapter made for this backbone and these lora settings"
-        )
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in expected}
-    for name, tensor in tensors.items():
-        if tensor.is_complex() or not torch.isfinite(tensor).all():
-            raise AdapterError(f"{path}: {name} is not finite: train the adapter again")
-    return tensors

@@ -11,26 +11,27 @@ D features, P positions.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tagi_ray import objectives
-from tagi_ray.architecture import backbone_config, t5_model
+from tagi_ray.architecture import backbone_config, new_model
 from tagi_ray.backbone import Backbone
 from tagi_ray.batches import Batch
 from tagi_ray.config import Experiment
+from tagi_ray.families import wrapped
 from tagi_ray.lora import LoraBank
-from tagi_ray.model import TagiModel, assemble
+from tagi_ray.model import ModelKind, TagiModel, assemble
 from tagi_ray.objectives import Objective
+from tagi_ray.sections import BackboneSettings
 
 Kind = Literal["teachers", "pretrain", "finetune", "metatrain"]
 
@@ -67,17 +68,27 @@ class Footprint:
 
 def meta_model(experiment: Experiment, kind: Kind) -> TagiModel:
     """Build the model of a stage on the meta device."""
-    settings = experiment.backbone
-    config, tied = backbone_config(settings)
+    settings, distillation = experiment.backbone, experiment.distillation
     dtype = experiment.pretrain.dtype if kind == "pretrain" else settings.dtype
+    backbone = _meta_backbone(settings, experiment.lora.targets, dtype)
+    if settings.activation_checkpointing:
+        backbone.checkpoint_activations()
+    roles: dict[str, ModelKind] = {"teachers": "teacher", "metatrain": "metatrain"}
     with META:
-        model = t5_model(config, tied).to(getattr(torch, dtype))
-        model.set_attn_implementation(_fused_attention(experiment.resources.gpus_per_worker > 0))
-        backbone = Backbone(model, experiment.lora.targets, settings.path)
-        if settings.activation_checkpointing:
-            backbone.checkpoint_activations()
-        role = {"teachers": "teacher", "metatrain": "metatrain"}.get(kind, "tagi")
-        return assemble(experiment, backbone, role, 0).to(META)  # pyright: ignore[reportArgumentType]
+        model = assemble(experiment, backbone, roles.get(kind, "hypernetwork"), 0).to(META)
+    if kind == "finetune" and distillation.checkpoint and distillation.logits == "live":
+        teacher = BackboneSettings(
+            path=distillation.checkpoint, revision=distillation.checkpoint_revision
+        )
+        model.teacher = _meta_backbone(teacher, (), settings.dtype)
+    return model
+
+
+def _meta_backbone(settings: BackboneSettings, targets: tuple[str, ...], dtype: str) -> Backbone:
+    config, tied = backbone_config(settings)
+    with META:
+        model = new_model(config, tied).to(getattr(torch, dtype))
+        return wrapped(model, targets, settings.path)
 
 
 def meta_bank(model: TagiModel, experiment: Experiment, slots: int) -> LoraBank:
@@ -98,7 +109,8 @@ def measure(
     bank: the teachers, trained by `teachers` and read by `finetune`; None without any.
     """
     settings = experiment.stages()[kind]
-    batch = _meta_batch(settings.micro_groups, settings.instances, lengths)
+    cached = experiment.distillation.top_k if experiment.distillation.logits == "cached" else 0
+    batch = _meta_batch(settings.micro_groups, settings.instances, lengths, cached)
     trained = list(model.trainable().values())
     if kind == "teachers":
         assert bank is not None
@@ -108,7 +120,8 @@ def measure(
     totals = objective.denominators(batch) if kind != "teachers" else _teacher_totals(bank)
     live = _LiveStorages([*model.parameters(), *model.buffers(), *_tensors(batch), *_factors(bank)])
     hooks = [tensor.register_post_accumulate_grad_hook(live.finish_gradient) for tensor in trained]
-    with ExitStack() as scope, live:
+    kernel = _fused_attention(experiment.resources.gpus_per_worker > 0)
+    with ExitStack() as scope, live, kernel:
         objective.loss(model, batch, totals, scope).loss.backward()
     for hook in hooks:
         hook.remove()
@@ -118,6 +131,8 @@ def measure(
 def _objective(experiment: Experiment, kind: Kind, bank: LoraBank | None) -> Objective:
     if kind == "metatrain":
         return objectives.metatrain()
+    if kind == "pretrain":
+        return objectives.pretrain()
     prompt = experiment.teachers.prompt
     if kind == "teachers":
         assert bank is not None
@@ -130,7 +145,9 @@ def _teacher_totals(bank: LoraBank | None) -> dict[str, Tensor]:
     return {"target_tokens": torch.empty(bank.slots, device=META)}
 
 
-def _meta_batch(groups: int, instances: int, lengths: Lengths) -> Batch:
+def _meta_batch(groups: int, instances: int, lengths: Lengths, cached: int) -> Batch:
+    """Return K x N rows; cached: tokens C kept of each of the teacher's distributions."""
+
     def texts(*shape: int) -> tuple[Tensor, Tensor]:
         ids = torch.empty(shape, dtype=torch.long, device=META)
         return ids, torch.empty(shape, dtype=torch.bool, device=META)
@@ -151,6 +168,8 @@ def _meta_batch(groups: int, instances: int, lengths: Lengths) -> Batch:
         categories=("",) * groups,
         position=0,
         cut_texts=0,
+        teacher_ids_KNTC=texts(groups, instances, lengths.target, cached)[0],
+        teacher_logp_KNTC=torch.empty(groups, instances, lengths.target, cached, device=META),
     )
 
 
@@ -234,51 +253,37 @@ _ANSWERS: Mapping[Any, Callable[..., Tensor | None]] = {
 }
 
 
-def _fused_attention(on_gpu: bool) -> str:
-    """Return the name under which transformers finds the worker's attention kernel.
+@contextmanager
+def _fused_attention(on_gpu: bool) -> Iterator[None]:
+    """Attend with the worker's kernel: of torch's own choice meta tensors would get the naive one.
 
-    Of torch's own choice between its kernels, meta tensors would get the naive one.
+    In its place, and not by one of torch's modes, which the backward leaves: it recomputes.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    naive = functional.scaled_dot_product_attention
 
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        with _FusedKernel(on_gpu):
-            return sdpa_attention_forward(*args, **kwargs)
-
-    name = f"fused_{'gpu' if on_gpu else 'cpu'}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    return name
-
-
-class _FusedKernel(TorchFunctionMode):
-    def __init__(self, on_gpu: bool) -> None:
-        super().__init__()
-        self.on_gpu = on_gpu
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            fused = self._fused(*args, **kwargs)
-            if fused is not None:
-                return fused
-        return func(*args, **kwargs)
-
-    def _fused(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **_: Any,
-    ) -> Tensor | None:  # fmt: skip
-        if self.on_gpu:
-            keeps = torch.is_grad_enabled()
-            return _aten._scaled_dot_product_efficient_attention(
-                query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if not on_gpu and attn_mask is not None and attn_mask.requires_grad:
+            # A trained position bias has no fused kernel on the CPU.
+            return naive(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        if not on_gpu:
+            return _aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
-        if attn_mask is not None and attn_mask.requires_grad:
-            return None  # a trained position bias has no fused kernel on the CPU
-        return _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        if attn_mask is None and query.element_size() == 2:
+            return _aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        keeps = torch.is_grad_enabled()
+        return _aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
         )[0]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = naive

@@ -19,11 +19,10 @@ from tagi_ray.export import adapter_readme, module_hash, write_adapter
 from tagi_ray.json_files import read_json_lines
 from tagi_ray.model import build_model
 from tagi_ray.shards import ShardTask
-from tagi_ray.systems import KNOWN_SYSTEMS
+from tagi_ray.systems import SYSTEM, plan_of
 from tagi_ray.tasks import PositiveExample, Task, check_name
 from tagi_ray.vocabulary import TextTokenizer
 
-SYSTEM = "tagi"
 ORIGIN = "Generated from the task's instruction; the prompt of an instance has none in it."
 
 
@@ -101,7 +100,8 @@ def _generate(
     alone: Mapping[str, float] | None,
 ) -> Iterator[Path]:
     tokenizer = run_folder / "tokenizer"
-    model = build_model(experiment, tokenizer, SYSTEM, experiment.seeds[0])
+    experiment = experiment.varied(SYSTEM)
+    model = build_model(experiment, tokenizer, "hypernetwork", experiment.seeds[0])
     load_weights(model, weights)
     on_gpu = experiment.resources.gpus_per_worker and torch.cuda.is_available()
     model = model.to("cuda" if on_gpu else "cpu").eval()
@@ -112,7 +112,7 @@ def _generate(
     for start in range(0, len(tasks), size):
         chunk = tasks[start : start + size]
         bank, memory = scorer.condition(
-            KNOWN_SYSTEMS[SYSTEM],
+            plan_of(SYSTEM, experiment),
             [ShardTask(task, ()) for task in chunk],
             {t.name: t for t in chunk},
         )
@@ -125,6 +125,8 @@ def _generate(
                 slot,
                 lora=experiment.lora,
                 base_model=base,
+                task_type=model.backbone.task_type,
+                transposed=model.backbone.sites[0].transposed,
                 readme=readme,
                 instruction=memory,
                 **(fusion if memory is not None else {}),

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +25,9 @@ from tagi_ray.sections import DataSettings
 from tagi_ray.tasks import PositiveExample
 from tagi_ray.vocabulary import TOKENIZER, TextTokenizer
 
-Part = Literal["instruction", "input", "prompt", "text"]
-"""`text`: the input alone, divided into instruction, input and target."""
+Part = Literal["instruction", "input", "prompt", "text", "teacher"]
+"""`text`: the input alone, divided into instruction, input and target. `teacher`: its most likely
+tokens at each target token, from the files of `teacher_logits`."""
 
 CACHE_BYTES = 128 << 20
 """Decoded row groups that a process keeps."""
@@ -46,9 +48,12 @@ TOKENS = pa.schema(
         ("input", pa.list_(_ids)),
         ("prompt", pa.list_(_ids)),
         ("target", pa.list_(_ids)),
+        ("teacher_ids", pa.list_(_ids)),
+        ("teacher_logp", pa.list_(pa.list_(pa.float16()))),
     ]
 )
-"""Tokenised groups: a row a group, token lists N to a row besides the instruction's."""
+"""Tokenised groups: a row a group, token lists N to a row besides the instruction's. Those of the
+teacher have C numbers for each target token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,9 @@ class TextGroup:
     position: int = 0
     draws: tuple[str, ...] = ()
     """For each instance, what decides how it is divided in this epoch."""
+    teacher: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    """For each instance, the C ids and log-probabilities that the teacher has at each target token,
+    token after token; empty arrays of a task without a teacher."""
 
 
 def prepare(
@@ -74,10 +82,12 @@ def prepare(
     tokenizer_folder: str,
     settings: DataSettings,
     parts: tuple[Part, ...],
+    teacher_folder: str | None = None,
 ) -> pa.Table:
     """Return the tokenised groups of a block of `OrderPlan.table`."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    return tokenise(fetch(block, files, seed), tokenizer, settings, parts)
+    groups = fetch(block, files, seed, teacher_folder if "teacher" in parts else None)
+    return tokenise(groups, tokenizer, settings, parts)
 
 
 def load_tokenizer(folder: str) -> TextTokenizer:
@@ -119,16 +129,55 @@ def _row_groups() -> _RowGroups:
     return _RowGroups(CACHE_BYTES)
 
 
-def fetch(block: pa.Table, files: Sequence[str], seed: int) -> list[TextGroup]:
-    """Read the text of each group of a plan table, and draw its definition and references."""
+def fetch(
+    block: pa.Table, files: Sequence[str], seed: int, teacher_folder: str | None = None
+) -> list[TextGroup]:
+    """Read the text of each group of a plan table, and draw its definition and references.
+
+    teacher_folder: where what the teacher says of each reference is read too.
+    """
     numbers: list[int] = block["file"].unique().to_pylist()
     changed = {number: os.stat(files[number]).st_mtime_ns for number in numbers}
     groups: list[TextGroup] = []
     for ref in block.to_pylist():
         number: int = ref["file"]
         table = _row_groups().get(files[number], changed[number], ref["row_group"])
-        groups.append(_text_group(ref, table, seed))
+        group = _text_group(ref, table, seed)
+        if teacher_folder is not None:
+            taught = teacher_file(teacher_folder, files[number], ref["row_group"])
+            row = _row_groups().get(taught, os.stat(taught).st_mtime_ns, ref["row"])
+            names = table["ids"][ref["row"]].values.take(pa.array(ref["offsets"])).to_pylist()
+            group = replace(group, teacher=tuple(_taught(ref, row, names, seed)))
+        groups.append(group)
     return groups
+
+
+def teacher_file(folder: str, file: str, row_group: int) -> str:
+    """Return the file that holds the teacher's part of a row group of the shards.
+
+    It has a row group for each bucket: a group reads no more than its own bucket.
+    """
+    split, name = file.split(os.sep)[-2:]
+    return os.path.join(folder, split, name.removesuffix(".parquet"), f"{row_group:05d}.parquet")
+
+
+def _taught(
+    ref: dict[str, Any], bucket: pa.Table, names: Sequence[str], seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the teacher's part of each instance of a group, at the reference that it is given."""
+    ids, logp = (bucket[name][0].values.to_numpy() for name in ("ids", "logp"))
+    counts: list[list[int]] = bucket["tokens"][0].as_py()
+    ends = list(accumulate(count for references in counts for count in references))
+    firsts = list(accumulate((len(references) for references in counts), initial=0))
+    kept = len(ids) // ends[-1] if ends else 0
+    for offset, name in zip(ref["offsets"], names, strict=True):
+        if not counts:
+            yield ids, logp
+            continue
+        chosen = reference_choice(seed, name, ref["epoch"], len(counts[offset]))
+        end = ends[firsts[offset] + chosen] * kept
+        part = slice(end - counts[offset][chosen] * kept, end)
+        yield ids[part], logp[part]
 
 
 def _text_group(ref: dict[str, Any], table: pa.Table, seed: int) -> TextGroup:
@@ -168,6 +217,11 @@ def definition_choice(seed: int, task: str, position: int, count: int) -> int:
 def reference_choice(seed: int, instance_id: str, epoch: int, count: int) -> int:
     """Return which of its references an instance is trained on in an epoch."""
     return _choice(f"{seed}/{instance_id}/{epoch}", count)
+
+
+def taught_definition(seed: int, instance_id: str, count: int) -> int:
+    """Return which paraphrase a cached teacher reads of an instance."""
+    return _choice(f"{seed}/{instance_id}", count)
 
 
 def division(draw: str, count: int) -> tuple[int, int]:
@@ -213,6 +267,8 @@ def tokenise(
         "input": nothing,
         "prompt": nothing,
         "target": grouped(*tokenizer.encode_counted(targets, settings.max_target_tokens)),
+        "teacher_ids": nothing,
+        "teacher_logp": nothing,
     }
     if "instruction" in parts:
         limit = settings.max_instruction_tokens
@@ -224,7 +280,7 @@ def tokenise(
         cut_K += np.asarray([cut for _, cut in pairs], np.int32)
     if "input" in parts:
         texts = [render_input(text) for group in groups for text in group.inputs]
-        rows = tokenizer.encode_counted(texts, settings.max_input_tokens)
+        rows = tokenizer.encode_counted(texts, settings.max_input_tokens, tokenizer.ends_texts)
         columns["input"] = grouped(*rows)
     if "prompt" in parts:
         columns["prompt"] = grouped(*_prompts(groups, tokenizer, settings))
@@ -232,7 +288,21 @@ def tokenise(
         rows, cut = _divided(groups, tokenizer, settings.max_prompt_tokens)
         columns |= rows
         cut_K += np.asarray(cut, np.int32)
+    if "teacher" in parts:
+        pairs = [pair for group in groups for pair in group.teacher]
+        for name, rows in zip(
+            ("teacher_ids", "teacher_logp"), zip(*pairs, strict=True), strict=True
+        ):
+            columns[name] = _nested(rows, instances)
     return pa.table({**columns, "cut": cut_K}, schema=TOKENS)
+
+
+def _nested(rows: Sequence[np.ndarray], instances: int) -> pa.ListArray:
+    """Return K lists of N lists of numbers, without a Python object for each."""
+    ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+    inner = pa.ListArray.from_arrays(ends, np.concatenate(rows))
+    outer = np.arange(0, len(rows) + 1, instances, dtype=np.int32)
+    return pa.ListArray.from_arrays(outer, inner)
 
 
 @lru_cache(maxsize=MEMO)
@@ -247,7 +317,7 @@ def _instruction_ids(
         return tokenizer.lengths([text])[0] <= limit
 
     text = render_instruction(definition, examples, kind, fits)
-    rows, cut = tokenizer.encode_counted([text], limit)
+    rows, cut = tokenizer.encode_counted([text], limit, tokenizer.ends_texts)
     return rows[0], cut[0]
 
 
@@ -258,7 +328,7 @@ def _prompts(
     limit = settings.max_prompt_tokens
     members = [(group, render_input(text)) for group in groups for text in group.inputs]
     texts = [_instruction(g.definition, g.examples, settings.prompt) + text for g, text in members]
-    rows, cut = tokenizer.encode_counted(texts, limit)
+    rows, cut = tokenizer.encode_counted(texts, limit, tokenizer.ends_texts)
     for i in np.flatnonzero(cut):
         group, text = members[i]
         # Almost every prompt fits whole, so that only the others pay for trying one by one.
@@ -269,22 +339,31 @@ def _prompts(
                 settings.prompt,
                 lambda instruction, text=text: tokenizer.lengths([instruction + text])[0] <= limit,
             )
-            [rows[i]], [cut[i]] = tokenizer.encode_counted([shorter + text], limit)
+            [rows[i]], [cut[i]] = tokenizer.encode_counted(
+                [shorter + text], limit, tokenizer.ends_texts
+            )
     return rows, cut
 
 
 def _divided(
     groups: Sequence[TextGroup], tokenizer: TextTokenizer, limit: int
 ) -> tuple[dict[str, Any], list[bool]]:
-    """Divide each group's one text, cut to `limit` tokens; each piece ends with the end token."""
+    """Divide each group's one text, cut to `limit` tokens.
+
+    Each piece ends with the end token; for a decoder-only model the target alone does, and the
+    input, which is then never empty, has one token where HINT's rule gives it none.
+    """
     texts = [text for group in groups for text in group.inputs]
     rows, cut = tokenizer.encode_counted(texts, limit + 1)
     columns: dict[str, Any] = {"instruction": [], "input": [], "target": []}
     for group, row in zip(groups, rows, strict=True):
         ids, end = row[:-1], row[-1:]
         first, second = division(group.draws[0], len(ids))
-        columns["instruction"].append(ids[:first] + end)
-        columns["input"].append([ids[first:second] + end])
+        inner = end if tokenizer.ends_texts else []
+        if not tokenizer.ends_texts:
+            second = max(second, first + 1)
+        columns["instruction"].append(ids[:first] + inner)
+        columns["input"].append([ids[first:second] + inner])
         columns["target"].append([ids[second:] + end])
     return columns, cut
 

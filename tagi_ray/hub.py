@@ -29,11 +29,14 @@ Kind = Literal["model", "dataset"]
 T = TypeVar("T")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-KEYWORDS = frozenset({"demo", "random", "train"})
+KEYWORDS = frozenset({"demo", "demo_decoder", "random", "train"})
 """Values of backbone.path and backbone.tokenizer that are neither a folder nor a hub id."""
 SMALL_FILES = ("*.json", "*.model", "*.txt")
-"""Configuration and tokenizer; what lies in subfolders belongs to other tools."""
+"""Configuration and tokenizer."""
 WEIGHTS = "*.safetensors"
+SKIPPED = ["*/*", "consolidated*"]
+"""What lies in subfolders belongs to other tools; `consolidated` are the same weights once more, for
+Mistral's own library."""
 WAITS = (1, 2, 4, 8, 16)
 """Seconds between the tries of a request that the hub may answer later."""
 TIMEOUT = 20
@@ -148,7 +151,7 @@ def _folder(field: str, path: str, commit: str, wanted: tuple[str, ...]) -> Path
 
     def fetch() -> str:
         return snapshot_download(
-            path, revision=commit, allow_patterns=list(wanted), ignore_patterns=["*/*"]
+            path, revision=commit, allow_patterns=list(wanted), ignore_patterns=SKIPPED
         )
 
     try:
@@ -173,7 +176,7 @@ def _cached(path: str, commit: str, wanted: tuple[str, ...]) -> Path | None:
             revision=commit,
             local_files_only=True,
             allow_patterns=list(wanted),
-            ignore_patterns=["*/*"],
+            ignore_patterns=SKIPPED,
         )
     except LocalEntryNotFoundError:
         return None

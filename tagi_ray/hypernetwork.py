@@ -1,6 +1,7 @@
 """Generate the LoRA factors of all sites of all tasks from encoded instructions, in one pass.
 
-A query per (layer, module, A or B) attends to the instruction through a transformer trunk; a
+`build_hypernetwork` makes the generator that the settings name. The one in this module, `attention`:
+a query per (layer, module, A or B) attends to the instruction through a transformer trunk; a
 factored head mixes each factor's R rows from k basis rows of its site. The head starts at zero,
 so A starts at the common start and B at zero: at step 0 the model is the backbone.
 
@@ -10,12 +11,37 @@ C capacity (the k basis rows), D features, W trunk width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from tagi_ray.backbone import EncodedInstruction
-from tagi_ray.lora import LoraBank, Site, common_start
-from tagi_ray.sections import HypernetworkSettings, LoraSettings
+from tagi_ray.adapter_generator import AdapterGenerator, SiteRows
+from tagi_ray.instruction import EncodedInstruction
+from tagi_ray.lora import Site, common_start
+from tagi_ray.method_sections import HypernetworkSettings
+from tagi_ray.mlp_generator import MlpGenerator
+from tagi_ray.sections import LoraSettings
+from tagi_ray.shared_adapter import SharedAdapter
+from tagi_ray.text_to_lora import TextToLora
+
+
+def build_hypernetwork(
+    sites: tuple[Site, ...], width: int, settings: HypernetworkSettings, lora: LoraSettings
+) -> AdapterGenerator | None:
+    """Build the generator of the settings; None for `none`. width: features D of the instruction.
+
+    Raises ConfigError when the settings do not fit the generator.
+    """
+    if settings.generator == "none":
+        return None
+    if settings.generator == "shared":
+        return SharedAdapter(sites, lora)
+    if settings.generator == "attention":
+        return Hypernetwork(sites, width, settings, lora)
+    if settings.generator == "mlp":
+        return MlpGenerator(sites, width, settings, lora)
+    return TextToLora(sites, width, settings, lora)
 
 
 class Block(nn.Module):
@@ -77,8 +103,8 @@ class FactoredHead(nn.Module):
         return rows_KMRD.add_(self.start_MRD.to(rows_KMRD.dtype))
 
 
-class Hypernetwork(nn.Module):
-    """Instruction states -> a bank with one slot per instruction."""
+class Hypernetwork(AdapterGenerator):
+    """Instruction states -> a bank with one slot per instruction, by attention."""
 
     def __init__(
         self,
@@ -87,9 +113,7 @@ class Hypernetwork(nn.Module):
         settings: HypernetworkSettings,
         lora: LoraSettings,
     ) -> None:
-        super().__init__()
-        self.sites = sites
-        self.scaling = lora.alpha / lora.rank
+        super().__init__(sites, lora)
         layers = sorted({site.name.rpartition(".")[0] for site in sites})
         modules = sorted({site.module for site in sites})
         self._layer_index = [layers.index(site.name.rpartition(".")[0]) for site in sites]
@@ -120,34 +144,18 @@ class Hypernetwork(nn.Module):
             for bucket, (_, d_out) in zip(self._buckets, shapes, strict=True)
         )
 
-    def forward(self, encoded: EncodedInstruction) -> LoraBank:
-        """encoded: states [K, I, D], mask [K, I] -> a bank of K slots.
-
-        Above a bfloat16 backbone, whose weights the factors are added to in bfloat16, the heads mix
-        them in it too; the parameters and the trunk stay float32.
-        """
-        hidden_K2MW = self._trunk_states(encoded)
-        kind, dtype = encoded.states_KID.device.type, encoded.states_KID.dtype
-        if dtype != torch.bfloat16 or not torch.amp.is_autocast_available(kind):
-            return self._mixed(hidden_K2MW)
-        with torch.autocast(kind, dtype):
-            return self._mixed(hidden_K2MW)
-
-    def _mixed(self, hidden_K2MW: Tensor) -> LoraBank:
+    def rows(self, *hidden: Tensor) -> Iterator[SiteRows]:
+        """hidden: queries [K, Q, W], those of A of all sites, then those of B."""
+        (queries_KQW,) = hidden
         count = len(self.sites)
-        a: dict[str, Tensor] = {}
-        b: dict[str, Tensor] = {}
         for bucket, head_a, head_b in zip(self._buckets, self.heads_a, self.heads_b, strict=True):
-            rows_a = head_a(hidden_K2MW[:, bucket])
-            rows_b = head_b(hidden_K2MW[:, [count + index for index in bucket]])
+            rows_a = head_a(queries_KQW[:, bucket])
+            rows_b = head_b(queries_KQW[:, [count + index for index in bucket]])
             # `unbind`: each index would fill a gradient of all sites with zeros.
-            for index, a_KRD, b_KRD in zip(bucket, rows_a.unbind(1), rows_b.unbind(1), strict=True):
-                name = self.sites[index].name
-                a[name], b[name] = a_KRD, b_KRD.transpose(1, 2)
-        return LoraBank(a, b, self.scaling)
+            yield from map(SiteRows, bucket, rows_a.unbind(1), rows_b.unbind(1))
 
-    def _trunk_states(self, encoded: EncodedInstruction) -> Tensor:
-        """Return [K, 2M, W]: the A queries of all sites, then their B queries."""
+    def hidden(self, encoded: EncodedInstruction) -> tuple[Tensor, ...]:
+        """Return the queries [K, Q, W] of all sites after the trunk: those of A, then those of B."""
         device = encoded.states_KID.device
         layer = self.layers(torch.tensor(self._layer_index, device=device))
         module = self.modules_(torch.tensor(self._module_index, device=device))
@@ -158,4 +166,4 @@ class Hypernetwork(nn.Module):
         memory = self.read(encoded.states_KID.to(self.norm.weight.dtype))
         for block in self.trunk:
             queries = block(queries, memory, ~encoded.mask_KI.bool())
-        return self.norm(queries)
+        return (self.norm(queries),)

@@ -13,13 +13,14 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tagi_ray.errors import ConfigError
+from tagi_ray.instruction import FusedInstruction
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Site:
     """Path of the module inside the backbone, as PEFT writes it."""
     d_in: int
     d_out: int
+    transposed: bool = False
+    """Whether the weight is [D_in, D_out], as in GPT-2's Conv1D."""
 
     @property
     def module(self) -> str:
@@ -90,7 +93,7 @@ class LoraBank(NamedTuple):
 
 
 class _Lease(torch.autograd.Function):
-    """Identity on a factor; knows whether a graph that uses the factor still awaits its backward."""
+    """Identity; knows whether a graph that uses its tensor still awaits its backward."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, tokens: list[weakref.ref[_Token]]) -> Tensor:
@@ -114,20 +117,21 @@ class _Token:
 
 
 class Binding:
-    """The bank that a backbone's linears apply at the moment, if any."""
+    """The bank and the fused instruction that a backbone applies at the moment, if any."""
 
     def __init__(self) -> None:
         self.bank: LoraBank | None = None
+        self.instruction: FusedInstruction | None = None
         self._leases: list[weakref.ref[_Token]] = []
 
-    def bind(self, bank: LoraBank) -> None:
-        """Bind a bank.
+    def bind(self, bank: LoraBank | None, instruction: FusedInstruction | None = None) -> None:
+        """Bind a bank and an instruction.
 
-        Raises RuntimeError when one is bound already, or when a graph through an earlier bank
+        Raises RuntimeError when one is bound already, or when a graph through an earlier one
         still awaits its backward: under activation checkpointing its recomputation would read
-        the new bank and give wrong gradients without a word.
+        the new one and give wrong gradients without a word.
         """
-        if self.bank is not None:
+        if self.bank is not None or self.instruction is not None:
             raise RuntimeError("a bank is bound already: leave its `bound(...)` block first")
         if any((token := lease()) is not None and not token.returned for lease in self._leases):
             raise RuntimeError(
@@ -135,45 +139,44 @@ class Binding:
                 " that bank's `bound(...)` block, or run its forward under torch.no_grad()"
             )
         self._leases = []
-        if torch.is_grad_enabled():
-            bank = bank.map(self._lease)
-        self.bank = bank
+        if bank is not None and torch.is_grad_enabled():
+            bank = bank.map(self.leased)
+        self.bank, self.instruction = bank, instruction
 
     def unbind(self) -> None:
         """Return to the bare backbone."""
-        self.bank = None
+        self.bank, self.instruction = None, None
 
-    def _lease(self, factor: Tensor) -> Tensor:
-        if not factor.requires_grad:
-            return factor
-        leased: Tensor = _Lease.apply(factor, self._leases)  # pyright: ignore[reportAssignmentType]
+    def leased(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that what is bound is part of: until its backward nothing else is bound."""
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        leased: Tensor = _Lease.apply(tensor, self._leases)  # pyright: ignore[reportAssignmentType]
         return leased
 
 
-class LoraLinear(nn.Linear):
-    """A frozen linear that adds the bound bank's update to each task's rows.
+class _Adapted(nn.Module):
+    """A frozen layer that adds the bound bank's update to each task's rows.
 
     Rows of the input are K-major: the first B/K rows belong to slot 0, and so on. The parameters
-    keep the names they have in the linear it replaces.
+    are those of the layer it replaces, under their names.
     """
 
     site: Site
     binding: Binding
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, site: Site, binding: Binding) -> LoraLinear:
-        """Take over the parameters of a linear."""
+    def replacing(cls, layer: Any, site: Site, binding: Binding) -> Self:
+        """Take over the parameters of a layer."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.in_features, made.out_features = linear.in_features, linear.out_features
-        made.weight, made.bias = linear.weight, linear.bias
+        made.weight, made.bias = layer.weight, layer.bias
         made.site, made.binding = site, binding
-        made.train(linear.training)
+        made.train(layer.training)
         return made
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [K*N, ..., D_in] -> [K*N, ..., D_out]."""
-        output = functional.linear(input, self.weight, self.bias)
+    def updated(self, output: Tensor, input: Tensor) -> Tensor:
+        """output: [K*N, ..., D_out], input: [K*N, ..., D_in]."""
         bank = self.binding.bank
         if bank is None:
             return output
@@ -185,41 +188,87 @@ class LoraLinear(nn.Linear):
         return output + (bank.scaling * update).view_as(output)
 
 
-def inject(model: nn.Module, targets: tuple[str, ...]) -> tuple[tuple[Site, ...], Binding]:
-    """Replace the target linears of a model by `LoraLinear`s that share one binding.
+class LoraLinear(_Adapted, nn.Linear):
+    """A linear with adapters."""
 
-    Raises ConfigError for a target that no linear of the model has.
+    @classmethod
+    def replacing(cls, layer: Any, site: Site, binding: Binding) -> Self:
+        """Take over the parameters of a linear."""
+        made = super().replacing(layer, site, binding)
+        made.in_features, made.out_features = layer.in_features, layer.out_features
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [K*N, ..., D_in] -> [K*N, ..., D_out]."""
+        return self.updated(functional.linear(input, self.weight, self.bias), input)
+
+
+class LoraConv1D(_Adapted):
+    """GPT-2's Conv1D with adapters: a linear whose weight is [D_in, D_out]."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [K*N, ..., D_in] -> [K*N, ..., D_out]."""
+        rows = torch.addmm(self.bias, input.reshape(-1, input.shape[-1]), self.weight)
+        return self.updated(rows.view(*input.shape[:-1], self.site.d_out), input)
+
+
+def inject(model: nn.Module, targets: tuple[str, ...]) -> tuple[tuple[Site, ...], Binding]:
+    """Replace the target layers of a model by ones that share one binding.
+
+    Raises ConfigError for a target that no linear or Conv1D of the model has, and for targets of
+    both kinds, which no PEFT adapter can name together.
     """
     binding = Binding()
     sites: list[Site] = []
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for name, linear in linears:
-        site = Site(name, linear.in_features, linear.out_features)
-        if site.module not in targets:
+    layers = [(name, layer, _site(name, layer)) for name, layer in model.named_modules()]
+    for name, layer, site in layers:
+        if site is None or site.module not in targets:
             continue
+        adapted = LoraConv1D if site.transposed else LoraLinear
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, site.module, LoraLinear.from_linear(linear, site, binding))
+        setattr(parent, site.module, adapted.replacing(layer, site, binding))
         sites.append(site)
     missing = sorted(set(targets) - {site.module for site in sites})
     if missing:
-        present = sorted({name.rsplit(".", 1)[-1] for name, _ in linears})
+        present = sorted({site.module for _, _, site in layers if site})
         raise ConfigError([
             f"lora.targets: the backbone has no linear named {', '.join(missing)};"
             f" it has {', '.join(present)}"
         ])  # fmt: skip
+    if len({site.transposed for site in sites}) > 1:
+        plain = sorted({site.module for site in sites if not site.transposed})
+        raise ConfigError([
+            f"lora.targets: {', '.join(plain)} and GPT-2's Conv1D layers cannot share a PEFT"
+            f" adapter: leave {', '.join(plain)} out"
+        ])  # fmt: skip
     return tuple(sites), binding
 
 
-@contextmanager
-def bound(binding: Binding, bank: LoraBank | None) -> Iterator[None]:
-    """Bind a bank for the block, which must span forward and backward. None: bare backbone.
+def _site(name: str, layer: nn.Module) -> Site | None:
+    """Return the site that a layer would be."""
+    from transformers.pytorch_utils import Conv1D
 
-    Its factors must have the dtype of the weights of their sites.
+    if isinstance(layer, nn.Linear):
+        return Site(name, layer.in_features, layer.out_features)
+    # By its own count: sharded weights have no shape.
+    return Site(name, layer.nx, layer.nf, True) if isinstance(layer, Conv1D) else None
+
+
+@contextmanager
+def bound(
+    binding: Binding, bank: LoraBank | None, instruction: FusedInstruction | None = None
+) -> Iterator[None]:
+    """Bind a bank and an instruction for the block, which must span forward and backward.
+
+    None: the bare backbone. The bank's factors must have the dtype of the weights of their sites.
     """
-    if bank is None:
+    if bank is None and instruction is None:
         yield
         return
-    binding.bind(bank)
+    binding.bind(bank, instruction)
     try:
         yield
     finally:

@@ -3,7 +3,8 @@
 Sums over tokens are returned together with nothing else: what they are divided by (valid tokens
 or tasks of the whole optimiser step, over ranks and accumulation) is the caller's to know.
 
-Axes: K tasks, N instances, T target tokens, V vocabulary, P valid positions, R rank, D features.
+Axes: K tasks, N instances, T target tokens, V vocabulary, C kept entries of it, P valid positions,
+R rank, D features.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tagi_ray.lora import LoraBank
 
 CHUNK = 2048
 """Target tokens whose [P, V] log-probabilities exist in fp32 at a time."""
+EPSILON = 1e-7
+"""What keeps constant logits from a division by zero (`logit_stand` of the released code)."""
 
 
 def valid_tokens(target_ids_KNT: Tensor) -> Tensor:
@@ -41,17 +44,53 @@ def distillation_kl(
     student_logits_KNTV: Tensor,
     target_ids_KNT: Tensor,
     temperature: float,
+    standardize: bool = False,
 ) -> Tensor:
     """Return temperature² KL(teacher ‖ student), summed over each task's target tokens, [K] (Eq. 5).
 
-    No gradient reaches the teacher. Computed in chunks of tokens, whose fp32 copies are made
-    again in the backward rather than kept.
+    Of vocabularies of two sizes, the entries that both have are compared. No gradient reaches the
+    teacher. Computed in chunks of tokens, whose fp32 copies are made again in the backward rather
+    than kept.
+    """
+    shared = min(teacher_logits_KNTV.shape[-1], student_logits_KNTV.shape[-1])
+    valid = target_ids_KNT != IGNORED
+    teacher = teacher_logits_KNTV.detach()[..., :shared][valid]
+    student = student_logits_KNTV[..., :shared][valid]
+    chunks = [
+        checkpoint(_kl_per_token, t, s, temperature, standardize, use_reentrant=False)
+        for t, s in zip(teacher.split(CHUNK), student.split(CHUNK), strict=True)
+    ]
+    return _sum_by_task(torch.cat(chunks), valid)  # pyright: ignore[reportArgumentType]
+
+
+def log_probabilities(logits_PV: Tensor, temperature: float, standardize: bool) -> Tensor:
+    """Return the log-probabilities that distillation compares, [P, V] in fp32.
+
+    With `standardize` the logits of each token first lose their mean over the vocabulary, and are
+    divided by their deviation.
+    """
+    return functional.log_softmax(_prepared(logits_PV, temperature, standardize), -1)
+
+
+def coarse_kl(
+    teacher_ids_KNTC: Tensor,
+    teacher_logp_KNTC: Tensor,
+    student_logits_KNTV: Tensor,
+    target_ids_KNT: Tensor,
+    temperature: float,
+    standardize: bool = False,
+) -> Tensor:
+    """Return what `distillation_kl` returns, of a teacher of whom C entries are known, [K].
+
+    All other entries are one event, of what probability is left: a lower bound of the full KL, and
+    equal to it where C is all of the student's V. The teacher's log-probabilities are those of
+    `log_probabilities`, at the same temperature.
     """
     valid = target_ids_KNT != IGNORED
-    teacher, student = teacher_logits_KNTV.detach()[valid], student_logits_KNTV[valid]
+    parts = (teacher_ids_KNTC[valid], teacher_logp_KNTC[valid], student_logits_KNTV[valid])
     chunks = [
-        checkpoint(_kl_per_token, t, s, temperature, use_reentrant=False)
-        for t, s in zip(teacher.split(CHUNK), student.split(CHUNK), strict=True)
+        checkpoint(_coarse_kl_per_token, *chunk, temperature, standardize, use_reentrant=False)
+        for chunk in zip(*(part.split(CHUNK) for part in parts), strict=True)
     ]
     return _sum_by_task(torch.cat(chunks), valid)  # pyright: ignore[reportArgumentType]
 
@@ -75,11 +114,43 @@ def alignment(student: LoraBank, teacher: LoraBank, on: Literal["delta_w", "fact
     return torch.stack(per_site).mean(0)
 
 
-def _kl_per_token(teacher_PV: Tensor, student_PV: Tensor, temperature: float) -> Tensor:
-    teacher_log = functional.log_softmax(teacher_PV.float() / temperature, -1)
-    student_log = functional.log_softmax(student_PV.float() / temperature, -1)
+def _kl_per_token(
+    teacher_PV: Tensor, student_PV: Tensor, temperature: float, standardize: bool
+) -> Tensor:
+    teacher_log = log_probabilities(teacher_PV, temperature, standardize)
+    student_log = log_probabilities(student_PV, temperature, standardize)
     divergence = functional.kl_div(student_log, teacher_log, reduction="none", log_target=True)
     return temperature**2 * divergence.sum(-1)
+
+
+def _coarse_kl_per_token(
+    teacher_ids_PC: Tensor,
+    teacher_logp_PC: Tensor,
+    student_PV: Tensor,
+    temperature: float,
+    standardize: bool,
+) -> Tensor:
+    scores_PV = _prepared(student_PV, temperature, standardize)
+    total_P = scores_PV.logsumexp(-1)
+    kept_PC = scores_PV.gather(1, teacher_ids_PC) - total_P[:, None]
+    teacher_logp_PC = teacher_logp_PC.float()
+    divergence = functional.kl_div(kept_PC, teacher_logp_PC, reduction="none", log_target=True)
+    divergence = divergence.sum(-1)
+    if teacher_ids_PC.shape[1] < scores_PV.shape[1]:
+        rest_P = (1 - teacher_logp_PC.exp().sum(-1)).clamp_min(0)
+        # Summed over the rest itself: 1 less the kept ones has no digits left where these are all.
+        others_PV = scores_PV.scatter(1, teacher_ids_PC, float("-inf"))
+        student_rest_P = others_PV.logsumexp(-1) - total_P
+        divergence = divergence + torch.xlogy(rest_P, rest_P) - rest_P * student_rest_P
+    return temperature**2 * divergence
+
+
+def _prepared(logits_PV: Tensor, temperature: float, standardize: bool) -> Tensor:
+    logits_PV = logits_PV.float()
+    if standardize:
+        deviation, mean = torch.std_mean(logits_PV, -1, keepdim=True)
+        logits_PV = (logits_PV - mean) / (EPSILON + deviation)
+    return logits_PV / temperature
 
 
 def _sum_by_task(values_P: Tensor, valid_KNT: Tensor) -> Tensor:

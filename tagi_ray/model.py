@@ -11,32 +11,29 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tagi_ray.backbone import Backbone, EncodedInstruction, load_backbone
+from tagi_ray.backbone import Backbone
 from tagi_ray.config import Experiment
+from tagi_ray.families import load_backbone
 from tagi_ray.fusion import Fusion
-from tagi_ray.hypernetwork import Hypernetwork
+from tagi_ray.hypernetwork import build_hypernetwork
+from tagi_ray.instruction import EncodedInstruction, FusedInstruction
 from tagi_ray.lora import LoraBank
-from tagi_ray.sections import FusionSettings, Variant
 
-ModelKind = Literal["metatrain", "teacher"] | Variant
+ModelKind = Literal["metatrain", "teacher", "hypernetwork"]
 
 
 class TagiModel(nn.Module):
-    """A frozen backbone, and what makes adapters and fused memory from instructions for it."""
+    """A frozen backbone, and what makes adapters and fused instructions for it."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        hypernetwork: Hypernetwork | None,
-        fusion: Fusion | None,
-        *,
-        zero_bank: bool = False,
+        self, backbone: Backbone, hypernetwork: nn.Module | None, fusion: Fusion | None
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.hypernetwork = hypernetwork
         self.fusion = fusion
-        self.zero_bank = zero_bank
+        self.teacher: Backbone | None = None
+        """A fully tuned model whose logits are learnt, where there is one."""
         self.generated_tasks = 0
         """Tasks that the hypernetwork has generated adapters for, so far."""
 
@@ -46,14 +43,14 @@ class TagiModel(nn.Module):
             return self.backbone.encode(ids_KI, mask_KI)
 
     def generate_bank(self, encoded: EncodedInstruction) -> LoraBank | None:
-        """Generate the K adapters of K instructions; None where the bank is zero by design."""
-        if self.hypernetwork is None or self.zero_bank:
+        """Generate the K adapters of K instructions; None without a hypernetwork."""
+        if self.hypernetwork is None:
             return None
         self.generated_tasks += encoded.states_KID.shape[0]
         return self.hypernetwork(encoded)
 
-    def fused(self, encoded: EncodedInstruction) -> EncodedInstruction | None:
-        """Return what the decoder's memory gets of the instructions, None without fusion."""
+    def fused(self, encoded: EncodedInstruction) -> FusedInstruction | None:
+        """Return what the student gets of the instructions besides adapters, None without fusion."""
         return None if self.fusion is None else self.fusion(encoded)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -62,16 +59,12 @@ class TagiModel(nn.Module):
 
 
 def build_model(
-    experiment: Experiment,
-    tokenizer_folder: Path,
-    kind: ModelKind,
-    seed: int,
+    experiment: Experiment, tokenizer_folder: Path, kind: ModelKind, seed: int
 ) -> TagiModel:
     """Build the model of a stage. Initial values depend on the seed alone, not on the device.
 
     `metatrain` trains the whole backbone, `teacher` nothing but a bank kept outside the model,
-    the variants a hypernetwork: `tagi_adapter_only` without fusion; `tagi_fusion_only`, whose bank
-    stays zero, trains a projection of the fused instruction in its place.
+    `hypernetwork` what makes adapters and fuses instructions.
     """
     backbone = load_backbone(
         experiment.backbone, experiment.lora, tokenizer_folder, experiment.seeds[0]
@@ -86,13 +79,10 @@ def assemble(experiment: Experiment, backbone: Backbone, kind: ModelKind, seed: 
     if kind == "metatrain":
         backbone.requires_grad_(True)
         return TagiModel(backbone, None, None)
-    settings = FusionSettings(kind="none") if kind == "tagi_adapter_only" else experiment.fusion
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hypernetwork = Hypernetwork(
+        hypernetwork = build_hypernetwork(
             backbone.sites, backbone.width, experiment.hypernetwork, experiment.lora
         )
-        zero_bank = kind == "tagi_fusion_only"
-        fusion = Fusion(settings, backbone.width, projected=zero_bank)
-    hypernetwork.requires_grad_(not zero_bank)
-    return TagiModel(backbone, hypernetwork, fusion, zero_bank=zero_bank)
+        fusion = Fusion(experiment.fusion, backbone)
+    return TagiModel(backbone, hypernetwork, fusion)

@@ -9,7 +9,7 @@ Axes: K tasks, N instances, T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,11 +20,20 @@ from torch import Tensor
 from tagi_ray.batches import Batch
 from tagi_ray.groups import Part
 from tagi_ray.lora import LoraBank
-from tagi_ray.losses import alignment, cross_entropy, distillation_kl, valid_tokens
+from tagi_ray.losses import (
+    alignment,
+    coarse_kl,
+    cross_entropy,
+    distillation_kl,
+    valid_tokens,
+)
+from tagi_ray.method_sections import DistillationSettings
 from tagi_ray.model import TagiModel
-from tagi_ray.sections import DistillationSettings
 
 Totals = dict[str, Tensor]
+
+_PARTS: Mapping[str, Part] = {"full": "prompt", "input": "input"}
+"""Part of a batch that holds what is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,8 @@ class Objective:
     loss: Callable[[TagiModel, Batch, Totals, ExitStack], LossParts]
     """Loss under the counts of the whole step. Banks are bound on the ExitStack, which the
     caller closes after backward."""
+    validated: tuple[Part, ...] = ()
+    """The batch parts that it reads under no_grad, for the loss in validation."""
 
 
 def metatrain() -> Objective:
@@ -59,7 +70,7 @@ def metatrain() -> Objective:
         value = cross_entropy(logits, batch.target_ids_KNT).sum() / totals["target_tokens"]
         return LossParts(value, {"cross_entropy": value.detach()})
 
-    return Objective(("prompt",), _target_tokens, loss)
+    return Objective(("prompt",), _target_tokens, loss, ("prompt",))
 
 
 def teacher(bank: LoraBank, prompt: Literal["full", "input"]) -> Objective:
@@ -83,48 +94,60 @@ def teacher(bank: LoraBank, prompt: Literal["full", "input"]) -> Objective:
         value = means.sum()
         return LossParts(value, {"cross_entropy": value.detach() / trained})
 
-    return Objective(("prompt" if prompt == "full" else "input",), denominators, loss)
+    return Objective((_PARTS[prompt],), denominators, loss)
 
 
 def finetune(
     settings: DistillationSettings,
     teachers: LoraBank | None,
     teacher_prompt: Literal["full", "input"],
+    cached_entries: int | None = None,
 ) -> Objective:
-    """Train the hypernetwork: L_pred + lambda_kl L_kl + lambda_ins L_ins (Eq. 6).
+    """Train the hypernetwork: lambda_pred L_pred + lambda_kl L_kl + lambda_ins L_ins (Eq. 6).
 
-    The student reads the input alone, with the adapter generated from the instruction. Its
-    teacher is the same backbone with the task's teacher adapter (Eq. 5). Tasks without a teacher
-    contribute L_pred alone.
+    The student has the adapter generated from the instruction, and as a rule reads the input
+    alone. Its teacher is the same backbone with the task's teacher adapter (Eq. 5), or the model's
+    `teacher`, which knows all tasks. Tasks without a teacher contribute L_pred alone, and so does
+    validation, whose tasks have none. cached_entries: those of the vocabulary that the cached
+    teacher's distributions are over (None: all).
     """
-    use_kl = teachers is not None and settings.lambda_kl > 0
-    reads: tuple[Part, ...] = ("instruction", "input")
-    if use_kl and teacher_prompt == "full":
-        reads = (*reads, "prompt")
+    tuned, student = settings.checkpoint is not None, _PARTS[settings.student_prompt]
+    use_kl = settings.lambda_kl > 0 and (tuned or teachers is not None)
+    reads: list[Part] = ["instruction", student]
+    if use_kl:
+        live = _PARTS["full" if tuned else teacher_prompt]
+        reads.append("teacher" if settings.logits == "cached" else live)
+
+    def denominators(batch: Batch) -> Totals:
+        tokens, taught = valid_tokens(batch.target_ids_KNT), batch.slots_K >= 0
+        return {
+            "target_tokens": tokens.sum().float(),
+            "taught_tokens": (tokens if tuned else tokens * taught).sum().float(),
+            "taught_tasks": taught.sum().float(),
+        }
 
     def loss(model: TagiModel, batch: Batch, totals: Totals, scope: ExitStack) -> LossParts:
-        taught = batch.slots_K >= 0
-        # In training also where no task of the batch has one: on sharded weights all ranks must run
-        # the same forwards. Such tasks are masked below. Validation tasks never have teachers.
+        training, taught = torch.is_grad_enabled(), batch.slots_K >= 0
+        # Also where no task of the batch has a teacher: on sharded weights all ranks must run the
+        # same forwards. Such tasks are masked below.
         taught_bank = None
-        if teachers is not None and (torch.is_grad_enabled() or taught.any()):
+        if training and teachers is not None:
             taught_bank = teachers.take(batch.slots_K.clamp_min(0))
         encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
-        teacher_logits = None
-        if use_kl and taught_bank is not None:
-            with torch.no_grad(), model.backbone.bound(taught_bank):
-                ids, mask = _prompt(batch, teacher_prompt)
-                teacher_logits = model.backbone.logits(ids, mask, batch.target_ids_KNT)
+        kl_from = None
+        if training and use_kl:
+            kl_from = _teacher(settings, model, batch, taught_bank, teacher_prompt, cached_entries)
         bank = model.generate_bank(encoded)
-        scope.enter_context(model.backbone.bound(bank))
-        logits = model.backbone.logits(
-            batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT, model.fused(encoded)
-        )
+        scope.enter_context(model.backbone.bound(bank, model.fused(encoded)))
+        ids, mask = _prompt(batch, settings.student_prompt)
+        logits = model.backbone.logits(ids, mask, batch.target_ids_KNT)
         predicted = cross_entropy(logits, batch.target_ids_KNT).sum() / totals["target_tokens"]
         value, parts = predicted, {"cross_entropy": predicted}
-        if teacher_logits is not None:
-            kl = distillation_kl(teacher_logits, logits, batch.target_ids_KNT, settings.temperature)
-            parts["kl"] = (kl * taught).sum() / totals["taught_tokens"].clamp_min(1)
+        if training:
+            value = settings.lambda_pred * predicted
+        if kl_from is not None:
+            kl = kl_from(logits) if tuned else kl_from(logits) * taught
+            parts["kl"] = kl.sum() / totals["taught_tokens"].clamp_min(1)
             value = value + settings.lambda_kl * parts["kl"]
         if taught_bank is not None and bank is not None:
             difference = alignment(bank, taught_bank, settings.alignment) * taught
@@ -133,21 +156,37 @@ def finetune(
             value = value + (_lambda_ins(difference, settings) * difference).sum() / tasks
         return LossParts(value, {name: part.detach() for name, part in parts.items()})
 
-    return Objective(reads, _finetune_denominators, loss)
+    return Objective(tuple(dict.fromkeys(reads)), denominators, loss, ("instruction", student))
 
 
 def pretrain() -> Objective:
     """Pretrain the hypernetwork on raw text: cross-entropy of the target (Eq. 3)."""
-    return replace(finetune(DistillationSettings(), None, "input"), reads=("text",))
+    finetuned = finetune(DistillationSettings(), None, "input")
+    return replace(finetuned, reads=("text",), validated=("text",))
 
 
-def _finetune_denominators(batch: Batch) -> Totals:
-    tokens, taught = valid_tokens(batch.target_ids_KNT), batch.slots_K >= 0
-    return {
-        "target_tokens": tokens.sum().float(),
-        "taught_tokens": (tokens * taught).sum().float(),
-        "taught_tasks": taught.sum().float(),
-    }
+def _teacher(
+    settings: DistillationSettings,
+    model: TagiModel,
+    batch: Batch,
+    bank: LoraBank | None,
+    prompt: Literal["full", "input"],
+    cached_entries: int | None,
+) -> Callable[[Tensor], Tensor]:
+    """Let the teacher read a batch, unless it is cached; return what gives [K] KL of logits."""
+    targets_KNT = batch.target_ids_KNT
+    scale = settings.temperature, settings.standardize
+    if settings.logits == "cached":
+        known = batch.teacher_ids_KNTC, batch.teacher_logp_KNTC
+        return lambda logits: coarse_kl(*known, logits[..., :cached_entries], targets_KNT, *scale)
+    with torch.no_grad(), ExitStack() as bound:
+        reader = model.teacher if settings.checkpoint else model.backbone
+        assert reader is not None
+        if reader is model.backbone:
+            bound.enter_context(reader.bound(bank))
+        ids, mask = _prompt(batch, "full" if settings.checkpoint else prompt)
+        teacher_logits = reader.logits(ids, mask, targets_KNT)
+    return lambda logits: distillation_kl(teacher_logits, logits, targets_KNT, *scale)
 
 
 def _target_tokens(batch: Batch) -> Totals:

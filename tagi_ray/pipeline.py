@@ -16,12 +16,13 @@ from typing import Any, Literal
 import yaml
 
 from tagi_ray import checkpoint, corpus, recipes
-from tagi_ray.architecture import identify
+from tagi_ray.architecture import identify, is_causal
 from tagi_ray.cluster import connect
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, RunConflictError
 from tagi_ray.evaluate import evaluate as score_systems
-from tagi_ray.generate import SYSTEM, generate_adapters, instructed_task, read_instructions
+from tagi_ray.families import check_backbone
+from tagi_ray.generate import generate_adapters, instructed_task, read_instructions
 from tagi_ray.hub import KEYWORDS, is_on_hub, pinned
 from tagi_ray.json_files import write_whole
 from tagi_ray.launch import fit, run_remotely
@@ -37,12 +38,15 @@ from tagi_ray.stages import (
     StageSpec,
     backbone_weights,
     last_checkpoint,
+    pretrained_variant,
     trained_bank,
     trained_state,
 )
-from tagi_ray.systems import KNOWN_SYSTEMS, Weights
+from tagi_ray.systems import SYSTEM, plan_of
 from tagi_ray.tasks import Task
+from tagi_ray.teacher_logits import write_teacher_logits
 from tagi_ray.teachers import FOLDERS, Role, finished, teacher_names, write_teachers
+from tagi_ray.tuned_teacher import pinned_teachers
 from tagi_ray.vocabulary import TOKENIZER, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -91,9 +95,11 @@ def finetune(experiment: Experiment, say: Say = print) -> Path:
     if "metatrain" in systems:
         more += _metatrain(experiment, run)
     _train(experiment, run, roles, more, say)
-    fit(_hypernetworks(experiment, run, "finetune"), say)
+    specs = _hypernetworks(experiment, run, "finetune")
+    write_teacher_logits([spec.varied for spec in specs], run, say)
+    fit(specs, say)
     _score(experiment, run, say)
-    if SYSTEM in experiment.variants:
+    if SYSTEM in experiment.scored_variants():
         _export(experiment, run, say)
     return write_report(run)
 
@@ -162,6 +168,7 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
     else:
         found = pinned(experiment.backbone)
     identity = identify(found, noted)
+    check_backbone(experiment.model_copy(update={"backbone": found}))
     weights = identity["weights"]
     if known not in (None, weights):
         cure = "bring those weights back"
@@ -182,7 +189,8 @@ def open_run(experiment: Experiment, *, begin: bool = True) -> tuple[Experiment,
             f"storage={experiment.storage}: {run} cannot be written ({error.strerror}): give a"
             " storage=FOLDER that this machine and all workers can write to"
         ]) from error  # fmt: skip
-    return experiment.model_copy(update={"backbone": found}), run
+    experiment = experiment.model_copy(update={"backbone": found})
+    return pinned_teachers(experiment, run) if begin else experiment, run
 
 
 def _located(experiment: Experiment) -> Experiment:
@@ -233,9 +241,9 @@ def _begin(experiment: Experiment, say: Say) -> tuple[Experiment, Path]:
     shards, tokenizer = run / "shards", run / "tokenizer"
     written, seed = (shards / MANIFEST).exists(), experiment.seeds[0]
     sources = [] if written else list_sources(experiment.data, seed)
-    fitted = experiment.backbone.tokenizer == "train"
+    fitted, causal = experiment.backbone.tokenizer == "train", is_causal(experiment.backbone)
     if not fitted and not (tokenizer / TOKENIZER).exists():
-        prepare_tokenizer(experiment.backbone, shards, tokenizer)
+        prepare_tokenizer(experiment.backbone, shards, tokenizer, causal)
     for folder in FOLDERS.values():
         finished(run / folder)
     _write_corpus(experiment, run, say)
@@ -245,7 +253,7 @@ def _begin(experiment: Experiment, say: Say) -> tuple[Experiment, Path]:
         counts = ", ".join(f"{len(index.tasks)} {name}" for name, index in manifest.splits.items())
         say(f"data: {counts} tasks in {shards}")
     if fitted and not (tokenizer / TOKENIZER).exists():
-        prepare_tokenizer(experiment.backbone, shards, tokenizer)
+        prepare_tokenizer(experiment.backbone, shards, tokenizer, causal)
     _write_corpus(experiment, run, say)
     return experiment, run
 
@@ -266,10 +274,13 @@ def _write_corpus(experiment: Experiment, run: Path, say: Say) -> None:
 def _hypernetworks(
     experiment: Experiment, run: Path, kind: Literal["pretrain", "finetune"]
 ) -> list[StageSpec]:
+    """Return the stages of the variants; those in which pretraining sees no difference share one."""
+    names = experiment.scored_variants()
+    if kind == "pretrain":
+        pretrained = (name for name in names if experiment.varied(name).pretrain.enabled)
+        names = tuple(dict.fromkeys(pretrained_variant(experiment, name) for name in pretrained))
     return [
-        StageSpec(experiment, kind, run, seed, variant)
-        for seed in experiment.seeds
-        for variant in experiment.variants
+        StageSpec(experiment, kind, run, seed, name) for seed in experiment.seeds for name in names
     ]
 
 
@@ -324,8 +335,8 @@ def _train(
         say(f"teachers: {len(spec.slots)} written to {run / FOLDERS[role]}")
 
 
-def trained_weights(experiment: Experiment, run: Path, stage: Weights, seed: int) -> Path:
-    """Return the weights of a trained stage: best on the validation tasks, or else the last.
+def trained_weights(experiment: Experiment, run: Path, stage: str, seed: int) -> Path:
+    """Return a variant's trained weights: best on the validation tasks, or else the last.
 
     For `metatrain`, those of its best learning rate. Raises ConfigError where there are none.
     """
@@ -338,9 +349,9 @@ def trained_weights(experiment: Experiment, run: Path, stage: Weights, seed: int
 
 
 def _score(experiment: Experiment, run: Path, say: Say) -> None:
-    plans = [KNOWN_SYSTEMS[system] for system in experiment.evaluation.systems]
-    stages: set[Weights] = {plan.weights for plan in plans if plan.weights is not None}
-    weights: dict[int, dict[Weights, Path]] = {
+    plans = [plan_of(system, experiment) for system in experiment.evaluation.systems]
+    stages = {plan.weights for plan in plans if plan.weights is not None}
+    weights: dict[int, dict[str, Path]] = {
         seed: {stage: trained_weights(experiment, run, stage, seed) for stage in stages}
         for seed in experiment.seeds
     }

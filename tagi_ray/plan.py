@@ -7,19 +7,25 @@ GPUs that of its process, where Python and its libraries come on top (about 0.7 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tagi_ray.architecture import family_of
 from tagi_ray.config import Experiment
+from tagi_ray.families import check_backbone
 from tagi_ray.footprint import Kind, Lengths, measure, meta_bank, meta_model
 from tagi_ray.hub import KEYWORDS, is_on_hub
 from tagi_ray.memory import Memory, Parts, estimate, sharding
 from tagi_ray.model import TagiModel
+from tagi_ray.sections import Family
 from tagi_ray.synthetic import world
 from tagi_ray.tasks import read_names
 
-PUBLISHED = 4
-"""Bytes of a weight in the published files, which are fp32."""
+PUBLISHED: Mapping[Family, int] = {
+    "t5": 4, "gpt2": 4, "llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2,
+}  # fmt: skip
+"""Bytes of a weight in the published files: fp32, or bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,12 @@ class Plan:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """Plan a run. Raises ConfigError where the shape of the backbone can't be known."""
+    """Plan a run.
+
+    Raises ConfigError where the shape of the backbone can't be known, or other settings don't fit
+    its family.
+    """
+    check_backbone(experiment, files=False)
     student = meta_model(experiment, "finetune")
     sites, rank = student.backbone.sites, experiment.lora.rank
     backbone = sum(p.numel() for p in student.backbone.parameters())
@@ -193,7 +204,7 @@ def _inputs(experiment: Experiment, backbone: int) -> tuple[Input, ...]:
     settings, data = experiment.backbone, experiment.data
     found: list[Input] = []
     if settings.path not in KEYWORDS:
-        size = backbone * PUBLISHED if is_on_hub(settings.path) else None
+        size = backbone * PUBLISHED[family_of(settings)] if is_on_hub(settings.path) else None
         found.append(_input("backbone.path", settings.path, settings.revision, size))
     if settings.tokenizer and settings.tokenizer not in KEYWORDS:
         found.append(_input("backbone.tokenizer", settings.tokenizer))

@@ -12,9 +12,12 @@ from statistics import mean, stdev
 from typing import Any
 from urllib.parse import quote
 
+from tagi_ray import recipes
+from tagi_ray.config import Experiment, control_of
+from tagi_ray.errors import ConfigError
 from tagi_ray.json_files import write_whole
 from tagi_ray.metrics import METRICS
-from tagi_ray.systems import KNOWN_SYSTEMS
+from tagi_ray.systems import BASELINES, SYSTEM, plan_of
 
 TITLES = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 CURVES = ("loss", "cross_entropy", "kl", "alignment")
@@ -44,7 +47,7 @@ def write_report(run_folder: Path) -> Path:
         config=config.read_text("utf-8") if config.is_file() else "",
         curves=_curves(read_records(run_folder / "metrics.jsonl")),
         files=_files(run_folder),
-        **_score_fields(scores),
+        **_score_fields(scores, _settings(config)),
     )
     target = run_folder / "report.html"
     write_whole(target, page)
@@ -64,9 +67,11 @@ def scores_table(scores: Mapping[str, Any]) -> str:
 
 
 def _with_spread(row: Mapping[str, Any], metric: str) -> str:
-    seeds = [seed[metric] for seed in row["seeds"]]
-    spread = f" ± {stdev(seeds):.1f}" if len(seeds) > 1 else ""
-    return f"{row[metric]:.1f}{spread}"
+    return f"{row[metric]:.1f}{_spread([seed[metric] for seed in row['seeds']])}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f" ± {stdev(values):.1f}" if len(values) > 1 else ""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -90,16 +95,25 @@ def _read_scores(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.is_file() else {"systems": {}}
 
 
-def _score_fields(scores: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Path) -> Experiment | None:
+    """Return the run's settings, where they are there and are such that jobs take today."""
+    try:
+        return recipes.load(str(config)) if config.is_file() else None
+    except ConfigError:
+        return None
+
+
+def _score_fields(scores: Mapping[str, Any], experiment: Experiment | None) -> dict[str, Any]:
     rows: dict[str, Any] = scores["systems"]
     if not rows:
         return {"systems": [], "shape": None}
-    focus = "tagi" if "tagi" in rows else next(iter(rows))
+    focus = SYSTEM if SYSTEM in rows else next(iter(rows))
     return {
         "systems": list(rows),
         "rows": rows,
         "shape": rows[focus],
-        "about": {name: plan.about for name, plan in KNOWN_SYSTEMS.items()},
+        "about": _about(rows, experiment),
+        "ablation": _ablation(rows, experiment),
         "cards": _cards(rows, focus),
         "comparison": _comparison(rows),
         "spread": any(len(row["seeds"]) > 1 for row in rows.values()),
@@ -109,6 +123,42 @@ def _score_fields(scores: Mapping[str, Any]) -> dict[str, Any]:
         "focus": focus,
         "shown": SHOWN_TASKS,
     }
+
+
+def _about(rows: Mapping[str, Any], experiment: Experiment | None) -> dict[str, str]:
+    if experiment is None:
+        return {name: plan.about for name, plan in BASELINES.items()}
+    known = [name for name in rows if name in BASELINES or control_of(name, experiment.variants)]
+    return {name: plan_of(name, experiment).about for name in known}
+
+
+def _ablation(rows: Mapping[str, Any], experiment: Experiment | None) -> list[dict[str, Any]]:
+    """One row for each trained variant: its scores, how far it is from the method's on the same
+    seeds, and the command that makes it.
+    """
+    if experiment is None or SYSTEM not in rows:
+        return []
+    names = [name for name in rows if name in experiment.variants]
+    if len(names) < 2:
+        return []
+    recipe = experiment.name
+    if recipe not in recipes.names():
+        recipe = f"{experiment.storage}/{experiment.name}/config.yaml"
+    reference = {seed["seed"]: seed for seed in rows[SYSTEM]["seeds"]}
+    table = []
+    for name in names:
+        told = {"name": name, "about": plan_of(name, experiment).about, "scores": []}
+        told["command"] = f"python jobs/finetune.py {recipe} 'evaluation.systems=[{name}]'"
+        for metric in METRICS:
+            apart = [
+                seed[metric] - reference[seed["seed"]][metric]
+                for seed in rows[name]["seeds"]
+                if seed["seed"] in reference
+            ]
+            change = f"{mean(apart):+.1f}{_spread(apart)}" if apart and name != SYSTEM else ""
+            told["scores"] += [_with_spread(rows[name], metric), change]
+        table.append(told)
+    return table
 
 
 def _cards(rows: Mapping[str, Any], focus: str) -> list[dict[str, str]]:

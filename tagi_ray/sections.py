@@ -146,27 +146,63 @@ class DataSettings(Section):
         return self
 
 
-class ArchitectureSettings(Section):
-    """Shape of a T5 backbone."""
+Family = Literal["t5", "llama", "mistral", "qwen2", "qwen3", "gpt2"]
 
+
+class ArchitectureSettings(Section):
+    """Shape of a backbone."""
+
+    family: Family = "t5"
+    """`t5` is an encoder-decoder (Flan-T5 and mT5 too), the others are decoder-only."""
     d_model: Count = 128
     d_ff: Count = 256
     d_kv: Count = 32
+    """Features of an attention head."""
     heads: Count = 4
+    kv_heads: Count | None = None
+    """Key and value heads, if fewer than `heads` (grouped queries; llama, mistral, qwen2, qwen3)."""
     layers: Count = 2
-    """Blocks in the encoder and again in the decoder."""
+    """Blocks of a decoder-only model; of `t5` those in the encoder, and again in the decoder."""
     vocabulary: Count | None = None
     """Rows of the embedding; if not set, the tokenizer's size rounded up to a multiple of 64."""
     feed_forward: Literal["relu", "gated-gelu"] = "relu"
+    """Of `t5`; the other families have one each."""
     tied_embeddings: bool = True
     """Whether the output layer is the embedding."""
+
+    @model_validator(mode="after")
+    def _of_the_family(self) -> ArchitectureSettings:
+        where = "backbone.architecture"
+        problems: list[str] = []
+        if self.family in ("t5", "gpt2") and self.kv_heads not in (None, self.heads):
+            problems.append(
+                f"{where}.kv_heads={self.kv_heads}: {self.family} has as many as"
+                f" {where}.heads={self.heads}: leave it out"
+            )
+        elif self.kv_heads and self.heads % self.kv_heads:
+            problems.append(
+                f"{where}.heads={self.heads} is not a multiple of {where}.kv_heads={self.kv_heads}"
+            )
+        if self.family == "gpt2" and self.heads * self.d_kv != self.d_model:
+            problems.append(
+                f"{where}: gpt2 has d_model = heads x d_kv, not {self.d_model} and"
+                f" {self.heads} x {self.d_kv}"
+            )
+        if self.family != "t5" and self.feed_forward != "relu":
+            problems.append(
+                f"{where}.feed_forward={self.feed_forward} would not be read: only t5 has a choice"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class BackboneSettings(Section):
     """The frozen language model that adapters are generated for."""
 
     path: str = "demo"
-    """`demo` (shipped with the package), `random`, a local directory, or a hub model id."""
+    """`demo` or `demo_decoder` (shipped with the package), `random`, a local directory, or a hub
+    model id."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; a run keeps the commit that it was started with."""
     architecture: ArchitectureSettings | None = None
@@ -190,45 +226,6 @@ class LoraSettings(Section):
     """Last part of the names of the linears that get an adapter."""
     start_seed: int = 0
     """Seed of the common A factors that every teacher and the hypernetwork start from."""
-
-
-class HypernetworkSettings(Section):
-    """Transformer trunk over (layer, module, A or B) queries, and a factored head."""
-
-    generator: Literal["attention"] = "attention"
-    width: Count = 256
-    layers: Count = 2
-    heads: Count = 4
-    capacity: Count = 64
-    """Number k of basis rows from which each factor is mixed: the one capacity knob."""
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> HypernetworkSettings:
-        if self.width % self.heads:
-            raise ValueError(
-                f"hypernetwork.width={self.width} is not a multiple of"
-                f" hypernetwork.heads={self.heads}"
-            )
-        return self
-
-
-class FusionSettings(Section):
-    """How the instruction reaches the student besides its adapter."""
-
-    kind: Literal["none", "concat"] = "concat"
-    """`concat`: the encoded instruction stands before the input in the decoder's memory."""
-
-
-class DistillationSettings(Section):
-    """Weights of the loss L_pred + lambda_kl L_kl + lambda_ins L_ins (Eq. 6)."""
-
-    lambda_kl: NonNegative = 5.0
-    temperature: Positive = 1.0
-    lambda_ins: Literal["sigmoid"] | NonNegative = "sigmoid"
-    """`sigmoid`: sigmoid(L_ins) of each task (App. B.4); or a fixed weight."""
-    sigmoid_gradient: bool = False
-    """Let the gradient through sigmoid(L_ins), as the released code does."""
-    alignment: Literal["delta_w", "factors"] = "delta_w"
 
 
 class OptimizerSettings(Section):
@@ -297,7 +294,7 @@ class PretrainSettings(StageSettings):
     """Whether finetuning starts from a pretrained hypernetwork."""
     path: str | None = None
     """Text, JSONL or Parquet (column `text`): a file or folder, local or s3:// or gs://, or the id
-    of a hub dataset, of which the split train is read."""
+    of a hub dataset, of which the split train is read; `demo`: texts of the embedded world."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
     subset: str | None = None
@@ -325,24 +322,20 @@ class ResourceSettings(Section):
     """Worker failures after which a stage is given up."""
 
 
-System = Literal[
-    "base", "metatrain", "tagi", "tagi_no_bank", "tagi_no_fusion", "tagi_shuffled", "tagi_empty",
-    "teacher", "tagi_adapter_only", "tagi_adapter_only_shuffled",
-    "tagi_fusion_only", "tagi_fusion_only_shuffled",
-]  # fmt: skip
-SYSTEMS: tuple[System, ...] = (
+SYSTEMS = (
     "base", "metatrain", "tagi", "tagi_no_bank", "tagi_no_fusion", "tagi_shuffled", "tagi_empty",
     "teacher",
 )  # fmt: skip
 
 Logger = Literal["tensorboard", "mlflow", "wandb"]
-Variant = Literal["tagi", "tagi_adapter_only", "tagi_fusion_only"]
 
 
 class EvaluationSettings(Section):
     """Which systems are scored on the held-out tasks, and in which batches."""
 
-    systems: Distinct[System] = SYSTEMS
+    systems: Distinct[str] = SYSTEMS
+    """`base`, `metatrain`, `teacher`, and for each of the variants its name, which may be followed
+    by _no_bank, _no_fusion, _shuffled (another task's instruction) or _empty."""
     tasks_per_batch: Count = 8
     instances_per_batch: Count = 50
     actors: Count = 1

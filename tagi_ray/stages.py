@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +18,17 @@ from torch import Tensor
 from tagi_ray import checkpoint, corpus, objectives
 from tagi_ray.bank_engine import BankEngine
 from tagi_ray.config import Experiment
-from tagi_ray.errors import AdapterError, ConfigError
+from tagi_ray.errors import ConfigError
 from tagi_ray.evaluate import load_weights
 from tagi_ray.lora import LoraBank, Site, common_start
 from tagi_ray.model import ModelKind, TagiModel, build_model
 from tagi_ray.objectives import Objective
 from tagi_ray.order import OrderPlan
-from tagi_ray.sections import DataSettings, StageSettings, Variant
+from tagi_ray.sections import DataSettings, StageSettings
 from tagi_ray.shards import read_manifest
-from tagi_ray.teachers import FOLDERS, INDEX, read_teachers, teacher_slots
+from tagi_ray.teacher_logits import cached_entries, folder_of
+from tagi_ray.teachers import FOLDERS, read_teachers, store_hash, teacher_slots
+from tagi_ray.tuned_teacher import load_tuned_teacher
 from tagi_ray.zero import Engine, FrozenModel, ZeroEngine, sharded_loading
 
 Kind = Literal["teachers", "oracle", "pretrain", "finetune", "metatrain"]
@@ -49,7 +51,7 @@ class StageSpec:
     run_folder: Path
     """Absolute: a worker starts in another folder. Shared by all machines of the cluster."""
     seed: int
-    variant: Variant = "tagi"
+    variant: str = "tagi"
     """What `pretrain` and `finetune` train."""
     learning_rate: float | None = None
     """Instead of the rate of the settings."""
@@ -62,6 +64,12 @@ class StageSpec:
     def settings(self) -> StageSettings:
         """Settings of this stage."""
         return self.experiment.stages()[self.kind]
+
+    @property
+    def varied(self) -> Experiment:
+        """Settings of the run with the changes of the variant."""
+        varies = self.kind in ("pretrain", "finetune")
+        return self.experiment.varied(self.variant) if varies else self.experiment
 
     @property
     def rate(self) -> float:
@@ -87,6 +95,11 @@ class StageSpec:
         return self.run_folder / (corpus.FOLDER if self.kind == "pretrain" else "shards")
 
     @property
+    def teacher_logits(self) -> Path | None:
+        """Folder of the teacher's logits that the stage reads, if it reads any."""
+        return folder_of(self.varied, self.run_folder) if self.kind == "finetune" else None
+
+    @property
     def data(self) -> DataSettings:
         """How the stage's texts are rendered and cut."""
         settings, pretrain = self.experiment.data, self.experiment.pretrain
@@ -97,8 +110,9 @@ class StageSpec:
     @property
     def pretrained(self) -> StageSpec | None:
         """The stage from whose weights this one starts, if there is one."""
-        if self.kind == "finetune" and self.experiment.pretrain.enabled:
-            return replace(self, kind="pretrain", learning_rate=None)
+        if self.kind == "finetune" and self.varied.pretrain.enabled:
+            variant = pretrained_variant(self.experiment, self.variant)
+            return replace(self, kind="pretrain", variant=variant)
         return None
 
     @property
@@ -119,6 +133,16 @@ class StageSpec:
         return self.kind in ("teachers", "oracle")
 
 
+def pretrained_variant(experiment: Experiment, variant: str) -> str:
+    """Return the variant whose pretrained weights one starts from: the first with such a model."""
+
+    def model(name: str) -> tuple[Any, ...]:
+        one = experiment.varied(name)
+        return one.hypernetwork, one.fusion, one.pretrain
+
+    return next(name for name in experiment.variants if model(name) == model(variant))
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage built on one worker."""
@@ -137,7 +161,7 @@ def fingerprint(spec: StageSpec) -> str:
     The number of workers, the micro-batches and the ZeRO stage are not part of it: a run may
     continue on other machines.
     """
-    experiment = spec.experiment
+    experiment = spec.varied
     taught = spec.kind == "finetune" and experiment.teachers.enabled
     parts = {
         "kind": spec.kind,
@@ -148,15 +172,19 @@ def fingerprint(spec: StageSpec) -> str:
         "stage": spec.settings.model_dump(mode="json", exclude=set(REPORTING | _PLACES)),
         "data": experiment.data.model_dump(mode="json", exclude=_PLACES),
         "shards": read_manifest(spec.run_folder / "shards").fingerprint,
-        "teachers": _teachers_hash(spec.run_folder / FOLDERS["train"]) if taught else None,
+        "teachers": store_hash(spec.run_folder / FOLDERS["train"]) if taught else None,
         "weights": backbone_weights(spec.run_folder),
         # Its weights are told above; the tokenizer of a run is a folder of the run.
         "backbone": experiment.backbone.model_dump(mode="json", exclude=_PLACES | RECOMPUTING),
         **{
             section: getattr(experiment, section).model_dump(mode="json")
-            for section in ("lora", "hypernetwork", "fusion", "distillation")
+            for section in ("lora", "hypernetwork", "fusion")
         },
     }
+    if spec.kind == "finetune":
+        # A pinned revision says which weights the checkpoint has, wherever it is.
+        settings = experiment.distillation
+        parts["distillation"] = settings.model_dump(mode="json", exclude={"checkpoint"})
     if spec.kind == "pretrain":
         parts["corpus"] = read_manifest(spec.shards).fingerprint
     if spec.pretrained:
@@ -189,22 +217,15 @@ def backbone_weights(run_folder: Path) -> str | None:
     return json.loads(path.read_text("utf-8"))["weights"] if path.exists() else None
 
 
-def _teachers_hash(folder: Path) -> str:
-    path = folder / INDEX
-    if not path.exists():
-        raise AdapterError(f"{path}: no such file; train the teachers first")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def build_stage(spec: StageSpec, device: torch.device) -> Stage:
     """Build model, objective, engine and order of a stage."""
     return _build_teachers(spec, device) if spec.trains_bank else _build_trained(spec, device)
 
 
 def _build_trained(spec: StageSpec, device: torch.device) -> Stage:
-    experiment, settings = spec.experiment, spec.settings
+    experiment, settings = spec.varied, spec.settings
     manifest = read_manifest(spec.shards)
-    kind = "metatrain" if spec.kind == "metatrain" else spec.variant
+    kind = "metatrain" if spec.kind == "metatrain" else "hypernetwork"
     model = _build_model(spec, kind, device)
     if spec.pretrained:
         # Before the engine, which may shard what is trained.
@@ -220,7 +241,9 @@ def _build_trained(spec: StageSpec, device: torch.device) -> Stage:
             bank, slots = read_teachers(folder, manifest, model.backbone.sites, experiment)
             bank = bank.to(device)
         prompt = experiment.teachers.prompt
-        objective = objectives.finetune(experiment.distillation, bank, prompt)
+        cached = spec.teacher_logits
+        entries = cached_entries(cached) if cached else None
+        objective = objectives.finetune(experiment.distillation, bank, prompt, entries)
     splits = manifest.splits
     return Stage(
         objective,
@@ -255,10 +278,13 @@ def _build_teachers(spec: StageSpec, device: torch.device) -> Stage:
 
 def _build_model(spec: StageSpec, kind: ModelKind, device: torch.device) -> TagiModel:
     backbone = spec.experiment.backbone.model_copy(update={"dtype": spec.dtype})
-    experiment = spec.experiment.model_copy(update={"backbone": backbone})
-    dtype = getattr(torch, spec.dtype)
+    experiment = spec.varied.model_copy(update={"backbone": backbone})
+    dtype, tokenizer = getattr(torch, spec.dtype), spec.run_folder / "tokenizer"
+    distillation = experiment.distillation
     with sharded_loading(spec.settings, experiment.resources, dtype, device):
-        model = build_model(experiment, spec.run_folder / "tokenizer", kind, spec.seed)
+        model = build_model(experiment, tokenizer, kind, spec.seed)
+        if spec.kind == "finetune" and distillation.reads_checkpoint:
+            model.teacher = load_tuned_teacher(distillation, backbone, tokenizer)
     return model.to(device)
 
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Literal
 
 from tagi_ray.tasks import Instance, PositiveExample, Task
 
+WORLD = "demo"
+"""The path of raw text by which a recipe means this world's."""
 NOUNS = {
     "animal": ("horse", "whale", "tiger", "eagle", "snake", "camel", "otter", "goose"),
     "tool": ("knife", "hammer", "brush", "needle", "shovel", "ladder", "pump", "saw"),
@@ -135,6 +138,25 @@ def solve(row: list[str], parts: tuple[str, str, str], words: dict[str, dict[str
     if form == "frame":
         chosen = ["begin", *chosen, "end"]
     return " ".join(chosen)
+
+
+def texts(seed: int = 0) -> Iterator[str]:
+    """Yield texts without end that tell of the training tasks: a definition, then some instances.
+
+    Held-out compositions are in none of them.
+    """
+    built = world(seed)
+    words = dictionary(seed)
+    tasks = [task for task in built.tasks if built.split[task.name] == "train"]
+    draw = random.Random(f"{seed}/texts")
+    while True:
+        task = draw.choice(tasks)
+        rows = _rows(f"{draw.random()}", draw.randint(1, 4))
+        told = [
+            f"Input: {' '.join(row)}. Output: {solve(row, built.parts[task.name], words)}."
+            for row in rows
+        ]
+        yield " ".join([f"Definition: {draw.choice(task.definitions)}", *told])
 
 
 def write_sni(folder: Path, instances: int, seed: int = 0) -> None:

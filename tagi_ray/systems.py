@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from tagi_ray.config import Experiment, control_of
 from tagi_ray.errors import DataError
-from tagi_ray.sections import System, Variant
 from tagi_ray.tasks import Task
 
-Weights = Literal["metatrain"] | Variant
-"""Stage whose checkpoint a system needs."""
+SYSTEM = "tagi"
+"""The method itself, which other variants are changes of."""
 EMPTY = Task(name="empty", category="empty", definitions=("",))
 
 
@@ -20,8 +20,9 @@ class SystemPlan:
     """How a system answers: everything in which the systems differ."""
 
     about: str
-    weights: Weights | None = None
-    """None: the backbone as it is, the same for every seed."""
+    weights: str | None = None
+    """Variant whose weights a system needs, or `metatrain`. None: the backbone as it is, the same
+    for every seed."""
     prompt: Literal["input", "full", "oracle"] = "input"
     """`oracle`: what the oracle teachers were trained with."""
     bank: Literal["none", "generated", "oracle"] = "none"
@@ -29,67 +30,64 @@ class SystemPlan:
     instruction: Literal["own", "shuffled", "empty"] = "own"
 
 
-KNOWN_SYSTEMS: Mapping[System, SystemPlan] = {
+BASELINES: Mapping[str, SystemPlan] = {
     "base": SystemPlan("The backbone, given the input alone."),
     "metatrain": SystemPlan(
         "The whole backbone after instruction tuning, given instruction and input.",
         weights="metatrain",
         prompt="full",
     ),
-    "tagi": SystemPlan(
-        "Adapter and fused instruction, both made from the instruction; the prompt is the input.",
-        weights="tagi",
-        bank="generated",
-        fusion=True,
-    ),
-    "tagi_no_bank": SystemPlan(
-        "The same model without its adapter: the fused instruction alone.",
-        weights="tagi",
-        fusion=True,
-    ),
-    "tagi_no_fusion": SystemPlan(
-        "The same model without fusion: the adapter alone, as stock PEFT and vLLM run it.",
-        weights="tagi",
-        bank="generated",
-    ),
-    "tagi_shuffled": SystemPlan(
-        "The same model, given another task's instruction: a control.",
-        weights="tagi",
-        bank="generated",
-        fusion=True,
-        instruction="shuffled",
-    ),
-    "tagi_empty": SystemPlan(
-        "The same model, given an empty instruction: a control.",
-        weights="tagi",
-        bank="generated",
-        fusion=True,
-        instruction="empty",
-    ),
     "teacher": SystemPlan(
         "Adapters trained on instances of the held-out tasks themselves: an upper bound.",
         prompt="oracle",
         bank="oracle",
     ),
-    "tagi_adapter_only": SystemPlan(
-        "A model trained without fusion.", weights="tagi_adapter_only", bank="generated"
-    ),
-    "tagi_adapter_only_shuffled": SystemPlan(
-        "The model trained without fusion, given another task's instruction.",
-        weights="tagi_adapter_only",
-        bank="generated",
-        instruction="shuffled",
-    ),
-    "tagi_fusion_only": SystemPlan(
-        "A model trained without adapters.", weights="tagi_fusion_only", fusion=True
-    ),
-    "tagi_fusion_only_shuffled": SystemPlan(
-        "The model trained without adapters, given another task's instruction.",
-        weights="tagi_fusion_only",
-        fusion=True,
-        instruction="shuffled",
-    ),
 }
+
+
+def plan_of(system: str, experiment: Experiment) -> SystemPlan:
+    """Return how a system of the settings answers."""
+    if system in BASELINES:
+        return BASELINES[system]
+    named = control_of(system, experiment.variants)
+    assert named is not None  # the settings were checked
+    variant, control = named
+    prompt = experiment.varied(variant).distillation.student_prompt
+    about = _about(variant, experiment)
+    plan = SystemPlan(about, variant, prompt, bank="generated", fusion=True)
+    match control:
+        case "no_bank":
+            about = f"{variant} without its adapter: the fused instruction alone."
+            return replace(plan, about=about, bank="none")
+        case "no_fusion":
+            about = f"{variant} without fusion: the adapter alone, as stock PEFT and vLLM run it."
+            return replace(plan, about=about, fusion=False)
+        case "shuffled":
+            about = f"{variant}, given another task's instruction: a control."
+            return replace(plan, about=about, instruction="shuffled")
+        case "empty":
+            about = f"{variant}, given an empty instruction: a control."
+            return replace(plan, about=about, instruction="empty")
+    return plan
+
+
+def changes(variant: str, experiment: Experiment) -> list[str]:
+    """Return what a variant changes, as the command line would: section.field=value."""
+    return [
+        f"{section}.{field}={_yaml(value)}"
+        for section, delta in experiment.variants[variant]
+        for field, value in delta.items()
+    ]
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _about(variant: str, experiment: Experiment) -> str:
+    if told := changes(variant, experiment):
+        return f"{SYSTEM} with {', '.join(told)}."
+    return "Adapter and fused instruction, both made from the instruction; the prompt is the input."
 
 
 def instruction_sources(

@@ -10,6 +10,7 @@ Axes: K teachers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tagi_ray.adapter_files import file_hash
+from tagi_ray.architecture import family_of
 from tagi_ray.config import Experiment
 from tagi_ray.errors import AdapterError, DataError
-from tagi_ray.export import WEIGHTS_FILE, adapter_readme, file_hash, stack_adapters, write_adapter
+from tagi_ray.export import WEIGHTS_FILE, adapter_readme, stack_adapters, write_adapter
+from tagi_ray.families import class_of
 from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank, Site
 from tagi_ray.shards import Manifest
@@ -112,6 +116,14 @@ def finished(folder: Path) -> dict[str, TeacherRecord]:
         raise AdapterError(_damaged(folder, f"{type(error).__name__}: {error}")) from error
 
 
+def store_hash(folder: Path) -> str:
+    """Return a hash of all that a store holds; raises AdapterError where there is no store."""
+    path = folder / INDEX
+    if not path.exists():
+        raise AdapterError(f"{path}: no such file; train the teachers first")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def write_teachers(
     folder: Path,
     bank: LoraBank,
@@ -129,12 +141,19 @@ def write_teachers(
     """
     records = {name: asdict(record) for name, record in finished(folder).items()}
     settings = experiment.oracle if role == "oracle" else experiment.teachers
-    base = experiment.backbone.path
+    base, family = experiment.backbone.path, family_of(experiment.backbone)
     slots = teacher_slots(manifest, names, role, settings.per)
     for slot, name in enumerate(names):
         readme = adapter_readme(name, base, origin="Trained on the task's instances.")
         write_adapter(
-            folder / name, bank, slot, lora=experiment.lora, base_model=base, readme=readme
+            folder / name,
+            bank,
+            slot,
+            lora=experiment.lora,
+            base_model=base,
+            task_type=class_of(family).task_type,
+            transposed=family == "gpt2",
+            readme=readme,
         )
         digest = file_hash(folder / name / WEIGHTS_FILE)
         tasks = tuple(task for task, own in slots.items() if own == slot)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +20,7 @@ from torch import Tensor
 from tagi_ray import history
 from tagi_ray.batches import Batch, local_batches
 from tagi_ray.errors import TrainingError
+from tagi_ray.groups import Part
 from tagi_ray.metrics import StepMeter, peak_flops
 from tagi_ray.objectives import Objective, Totals
 from tagi_ray.order import OrderPlan
@@ -64,7 +65,8 @@ def run_stage(spec: StageSpec, worker: Worker) -> None:
     if worker.rank == 0:
         _tell_wrapped(spec, stage.plan)
     first, groups = progress.step, settings.groups
-    stream = _draw(spec, stage, worker, stage.plan, first * groups, settings.steps * groups)
+    reads, stop = stage.objective.reads, settings.steps * groups
+    stream = _draw(spec, worker, stage.plan, reads, first * groups, stop)
     accumulation = groups // settings.micro_groups // worker.world
     validation = _validation_batches(spec, stage, worker)
     peak = peak_flops(worker.device, spec.dtype)
@@ -116,7 +118,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _draw(
-    spec: StageSpec, stage: Stage, worker: Worker, plan: OrderPlan, start: int, stop: int
+    spec: StageSpec, worker: Worker, plan: OrderPlan, parts: Sequence[Part], start: int, stop: int
 ) -> Iterator[Batch]:
     return worker.batches(
         spec.shards,
@@ -126,7 +128,8 @@ def _draw(
         start_position=start,
         stop_position=stop,
         micro_groups=spec.settings.micro_groups,
-        parts=stage.objective.reads,
+        parts=parts,
+        teacher_folder=spec.teacher_logits if "teacher" in parts else None,
         rank=worker.rank,
         world=worker.world,
     )
@@ -139,7 +142,7 @@ def _validation_batches(spec: StageSpec, stage: Stage, worker: Worker) -> list[B
         return []
     count = max(min(spec.settings.valid_groups, plan.groups_per_epoch), worker.world)
     here = Worker(worker.rank, worker.world)
-    return list(_draw(spec, stage, here, plan, 0, count))
+    return list(_draw(spec, here, plan, stage.objective.validated, 0, count))
 
 
 @torch.no_grad()

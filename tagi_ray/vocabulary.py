@@ -17,7 +17,11 @@ SPECIAL = "special.json"
 
 
 class TextTokenizer:
-    """Texts to ids and back. Every encoded text ends with the end token, T5's way."""
+    """Texts to ids and back.
+
+    A target ends with the end token. So do the other texts of an encoder-decoder; those of a
+    decoder-only model go on in what follows them.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
@@ -31,28 +35,40 @@ class TextTokenizer:
         self.pad_id: int = special["pad"]
         self.eos_id: int = special["eos"]
         self.start_id: int = special["start"]
+        """What an encoder-decoder's target is predicted from."""
+        self.begin_id: int | None = special["begin"]
+        """What stands before a decoder-only model's texts; its backbone puts it there."""
+        self.ends_texts: bool = special["ends_texts"]
+        """Whether a text that is no target ends with the end token."""
         self.size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode_batch(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], max_tokens: int, end: bool = True
+    ) -> list[list[int]]:
         """Return the ids of each text; the end token is kept when a text is cut to `max_tokens`."""
-        return self.encode_counted(texts, max_tokens)[0]
+        return self.encode_counted(texts, max_tokens, end)[0]
 
     def encode_counted(
-        self, texts: Sequence[str], max_tokens: int
+        self, texts: Sequence[str], max_tokens: int, end: bool = True
     ) -> tuple[list[list[int]], list[bool]]:
-        """Return what `encode_batch` returns, and which of the texts were cut."""
+        """Return what `encode_batch` returns, and which of the texts were cut.
+
+        end: whether the texts end with the end token. One without a token has it all the same.
+        """
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         rows = [encoding.ids for encoding in encoded]
-        cut = [len(ids) >= max_tokens for ids in rows]
+        longest = max_tokens - end
+        cut = [len(ids) > longest for ids in rows]
         for ids in rows:
-            del ids[max_tokens - 1 :]
-            ids.append(self.eos_id)
+            del ids[longest:]
+            if end or not ids:
+                ids.append(self.eos_id)
         return rows, cut
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text, with its end token and uncut."""
+        """Return the number of tokens of each text uncut, with its end token if texts have one."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [len(encoding) + 1 for encoding in encoded]
+        return [len(encoding) + self.ends_texts for encoding in encoded]
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row up to its first end token, without special tokens."""
@@ -63,18 +79,24 @@ class TextTokenizer:
         return ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
 
 
-def prepare_tokenizer(settings: BackboneSettings, shards_folder: Path, out_folder: Path) -> None:
-    """Write the run's tokenizer: the backbone's own, a named one, or one fitted on the shards."""
+def prepare_tokenizer(
+    settings: BackboneSettings, shards_folder: Path, out_folder: Path, causal: bool = False
+) -> None:
+    """Write the run's tokenizer: the backbone's own, a named one, or one fitted on the shards.
+
+    causal: whether it is for a decoder-only model.
+    """
     out_folder.mkdir(parents=True, exist_ok=True)
     name = settings.tokenizer or settings.path
     if name == "train":
         fitted = _fit(shards_folder, settings.tokenizer_vocabulary)
-        _write(fitted, out_folder, pad=0, eos=1)
-    elif name == "demo":
+        _write(fitted, out_folder, pad=0, eos=1, causal=causal)
+    elif name in ("demo", "demo_decoder"):  # one world, one tokenizer
         packaged = Path(__file__).parent / "demo_backbone" / TOKENIZER
         tokenizer = Tokenizer.from_file(str(packaged))
         vocabulary = tokenizer.get_vocab()
-        _write(tokenizer, out_folder, pad=vocabulary["<pad>"], eos=vocabulary["</s>"])
+        pad, eos = vocabulary["<pad>"], vocabulary["</s>"]
+        _write(tokenizer, out_folder, pad=pad, eos=eos, causal=causal)
     elif name == "random":
         raise ConfigError(
             ["backbone.path=random has no tokenizer: set backbone.tokenizer=train, or a folder"]
@@ -83,10 +105,10 @@ def prepare_tokenizer(settings: BackboneSettings, shards_folder: Path, out_folde
         # A tokenizer of its own has revisions of its own; the revision names the backbone's.
         field = "backbone.tokenizer" if settings.tokenizer else "backbone.path"
         revision = None if settings.tokenizer else settings.revision
-        _convert(name, tokenizer_folder(field, name, revision), out_folder)
+        _convert(name, tokenizer_folder(field, name, revision), out_folder, causal)
 
 
-def _convert(name: str, folder: Path, out_folder: Path) -> None:
+def _convert(name: str, folder: Path, out_folder: Path, causal: bool) -> None:
     from transformers import AutoTokenizer
 
     try:
@@ -100,9 +122,15 @@ def _convert(name: str, folder: Path, out_folder: Path) -> None:
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise DataError(f"backbone.tokenizer={name}: has no fast form; name another")
-    if loaded.pad_token_id is None or loaded.eos_token_id is None:
+    pad, eos, begin = loaded.pad_token_id, loaded.eos_token_id, None
+    if causal:
+        pad = eos if pad is None else pad  # which ids are padding, masks say
+        # A begin token that a tokenizer knows and never writes was not trained with.
+        ids = loaded("a")["input_ids"]
+        begin = ids[0] if ids[0] == loaded.bos_token_id else None
+    if pad is None or eos is None:
         raise DataError(f"backbone.tokenizer={name}: has no pad or no end token; name another")
-    _write(backend, out_folder, pad=loaded.pad_token_id, eos=loaded.eos_token_id)
+    _write(backend, out_folder, pad=pad, eos=eos, begin=begin, causal=causal)
 
 
 def _fit(shards_folder: Path, vocabulary: int) -> Tokenizer:
@@ -135,9 +163,17 @@ def _training_texts(shards_folder: Path) -> Iterator[list[str]]:
                 yield row["definitions"] + row["inputs"] + outputs
 
 
-def _write(tokenizer: Tokenizer, folder: Path, *, pad: int, eos: int) -> None:
-    content = json.dumps({"pad": pad, "eos": eos, "start": pad})
-    (folder / SPECIAL).write_text(content, encoding="utf-8")
+def _write(
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    pad: int,
+    eos: int,
+    begin: int | None = None,
+    causal: bool,
+) -> None:
+    special = {"pad": pad, "eos": eos, "start": pad, "begin": begin, "ends_texts": not causal}
+    (folder / SPECIAL).write_text(json.dumps(special), encoding="utf-8")
     # Last, and in one step: where this file is, the tokenizer is complete.
     partial = folder / f"{TOKENIZER}.partial"
     tokenizer.save(str(partial))

@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tagi_ray.backbone import Backbone
 from tagi_ray.batches import Batch
+from tagi_ray.encoder_decoder import EncoderDecoder
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import LoraBank, Site
+from tagi_ray.method_sections import FusionSettings, HypernetworkSettings
 from tagi_ray.model import TagiModel
-from tagi_ray.sections import FusionSettings, HypernetworkSettings, LoraSettings
+from tagi_ray.sections import LoraSettings
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 96
@@ -31,8 +32,8 @@ def random_t5(seed: int = 0) -> T5ForConditionalGeneration:
 
 def random_backbone(
     targets: tuple[str, ...] = LORA.targets, checkpointing: bool = False
-) -> Backbone:
-    backbone = Backbone(random_t5(), targets, "random")
+) -> EncoderDecoder:
+    backbone = EncoderDecoder(random_t5(), targets, "random")
     if checkpointing:
         backbone.checkpoint_activations()
     return backbone
@@ -45,7 +46,7 @@ def random_model(fusion: FusionSettings | None = None, lora: LoraSettings = LORA
     hypernetwork = Hypernetwork(backbone.sites, backbone.width, settings, lora)
     for head in (*hypernetwork.heads_a, *hypernetwork.heads_b):
         torch.nn.init.normal_(head.mix.weight, std=0.3)  # off its zero start
-    return TagiModel(backbone, hypernetwork, Fusion(fusion or FusionSettings(), backbone.width))
+    return TagiModel(backbone, hypernetwork, Fusion(fusion or FusionSettings(), backbone))
 
 
 def fill(
@@ -60,7 +61,7 @@ def fill(
 
 
 def random_bank(
-    backbone: Backbone, tasks: int = 2, seed: int = 0, requires_grad: bool = False
+    backbone: EncoderDecoder, tasks: int = 2, seed: int = 0, requires_grad: bool = False
 ) -> LoraBank:
     bank = fill(backbone.sites, tasks, seed=seed)
     return bank.map(lambda factor: factor.requires_grad_(requires_grad))

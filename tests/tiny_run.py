@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from tagi_ray import checkpoint, history
-from tagi_ray.backbone import load_backbone
 from tagi_ray.config import Experiment
 from tagi_ray.corpus import write_corpus
+from tagi_ray.families import load_backbone
 from tagi_ray.report import read_records
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.shards import read_manifest

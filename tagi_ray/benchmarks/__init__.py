@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from tagi_ray.benchmarks import generation, ingest, memory, ray_overhead, train_step
+from tagi_ray.benchmarks import distillation, generation, ingest, memory, ray_overhead, train_step
 from tagi_ray.benchmarks.measure import ROUNDS, Row, machine, table
 
 __all__ = ["BENCHMARKS", "run", "summaries", "table"]
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[int], Iterator[Row]]] = {
     "ray_overhead": ray_overhead.rows,
     "ingest": ingest.rows,
     "memory": memory.rows,
+    "distillation": distillation.rows,
 }
 """By the name that `jobs/benchmark.py` takes; the docstring's first line is its summary."""
 

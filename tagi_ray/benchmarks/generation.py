@@ -17,8 +17,8 @@ from tagi_ray.benchmarks.train_step import MEDIAN
 if TYPE_CHECKING:  # torch would make `--help` slow
     import torch
 
-    from tagi_ray.backbone import EncodedInstruction
     from tagi_ray.hypernetwork import Hypernetwork
+    from tagi_ray.instruction import EncodedInstruction
     from tagi_ray.lora import LoraBank, Site
     from tagi_ray.sections import LoraSettings
 
@@ -71,8 +71,8 @@ def adapter_cases(
     """
     import torch
 
-    from tagi_ray.backbone import EncodedInstruction
     from tagi_ray.export import write_adapter
+    from tagi_ray.instruction import EncodedInstruction
     from tagi_ray.sections import LoraSettings
 
     modules = tuple(sorted({site.module for site in sites}))
@@ -92,7 +92,7 @@ def adapter_cases(
     def other(folder: Path | None) -> float:
         told = 0.0
         for slot in range(tasks):
-            states, mask = (part[slot : slot + 1] for part in encoded)
+            states, mask = (part[slot : slot + 1] for part in encoded[:2])
             with torch.inference_mode():
                 bank = hypernetwork(EncodedInstruction(states, mask))
             if folder is not None:
@@ -113,9 +113,9 @@ def _hypernetwork(
     """Return a hypernetwork whose B is not zero, and K random encoded instructions for it."""
     import torch
 
-    from tagi_ray.backbone import EncodedInstruction
     from tagi_ray.hypernetwork import Hypernetwork
-    from tagi_ray.sections import HypernetworkSettings
+    from tagi_ray.instruction import EncodedInstruction
+    from tagi_ray.method_sections import HypernetworkSettings
 
     width = sites[0].d_in
     with torch.random.fork_rng(devices=[]):

@@ -157,7 +157,7 @@ def waiting_rows(corpus: Corpus, shape: Shape, rounds: int, steps: int) -> Itera
 def train_step(shape: Shape) -> Callable[[Batch], None]:
     """Return a finetune step: forward and backward of the cross-entropy."""
     from tagi_ray import objectives
-    from tagi_ray.sections import DistillationSettings
+    from tagi_ray.method_sections import DistillationSettings
 
     model = random_model(shape)
     objective = objectives.finetune(DistillationSettings(), None, "full")

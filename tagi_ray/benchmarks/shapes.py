@@ -32,11 +32,12 @@ def random_model(shape: Shape) -> TagiModel:
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from tagi_ray.backbone import Backbone
+    from tagi_ray.encoder_decoder import EncoderDecoder
     from tagi_ray.fusion import Fusion
     from tagi_ray.hypernetwork import Hypernetwork
+    from tagi_ray.method_sections import FusionSettings, HypernetworkSettings
     from tagi_ray.model import TagiModel
-    from tagi_ray.sections import FusionSettings, HypernetworkSettings, LoraSettings
+    from tagi_ray.sections import LoraSettings
 
     lora = LoraSettings()
     config = T5Config(
@@ -47,12 +48,12 @@ def random_model(shape: Shape) -> TagiModel:
     config.decoder_start_token_id = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = Backbone(T5ForConditionalGeneration(config), lora.targets, "random")
+        backbone = EncoderDecoder(T5ForConditionalGeneration(config), lora.targets, "random")
         hypernetwork = Hypernetwork(backbone.sites, backbone.width, HypernetworkSettings(), lora)
         for head in (*hypernetwork.heads_a, *hypernetwork.heads_b):
             # Zero at the start of training, where a wrongly routed row would change no loss.
             torch.nn.init.normal_(head.get_parameter("mix.weight"), std=0.1)
-        fusion = Fusion(FusionSettings(), backbone.width)
+        fusion = Fusion(FusionSettings(), backbone)
     return TagiModel(backbone, hypernetwork, fusion)
 
 

@@ -46,7 +46,7 @@ def train_step_case(
     one instance through the same code. tokens: I, S and T, all filled.
     """
     from tagi_ray import objectives
-    from tagi_ray.sections import DistillationSettings
+    from tagi_ray.method_sections import DistillationSettings
 
     model = random_model(shape)
     grouped = random_batch(shape, tasks, instances, tokens)

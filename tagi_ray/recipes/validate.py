@@ -174,9 +174,10 @@ def _place_of_mention(problem: str, places: dict[Keys, str]) -> str | None:
 def _fields(keys: Keys) -> list[str]:
     section: type[BaseModel] = Experiment
     for key in keys:
-        below = _section_of(section.model_fields[str(key)])
-        assert below is not None
-        section = below
+        if info := section.model_fields.get(str(key)):  # else a name that the user has given
+            below = _section_of(info)
+            assert below is not None
+            section = below
     return list(section.model_fields)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from tagi_ray import objectives
 from tagi_ray.batches import Batch
+from tagi_ray.method_sections import DistillationSettings
 from tagi_ray.model import TagiModel
-from tagi_ray.sections import DistillationSettings, ResourceSettings, StageSettings
+from tagi_ray.sections import ResourceSettings, StageSettings
 from tagi_ray.zero import ZeroEngine
 from tests.models import fill, random_batch, random_model
 

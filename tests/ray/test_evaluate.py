@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from tagi_ray.config import Experiment
 from tagi_ray.evaluate import Evaluator, evaluate, plan_jobs
+from tagi_ray.method_sections import HypernetworkSettings
 from tagi_ray.metrics import aggregate
 from tagi_ray.model import build_model
 from tagi_ray.report import write_report
@@ -16,7 +17,6 @@ from tagi_ray.sections import (
     BackboneSettings,
     DataSettings,
     EvaluationSettings,
-    HypernetworkSettings,
     LoraSettings,
 )
 from tagi_ray.shard_writer import write_shards
@@ -52,7 +52,7 @@ def test_actors_score_what_one_process_scores(tmp_path):
     prepare_tokenizer(EXPERIMENT.backbone, tmp_path / "shards", tmp_path / "tokenizer")
     weights = {}
     for seed in EXPERIMENT.seeds:
-        model = build_model(EXPERIMENT, tmp_path / "tokenizer", "tagi", seed)
+        model = build_model(EXPERIMENT, tmp_path / "tokenizer", "hypernetwork", seed)
         trained = {
             f"model.{name}": value.detach() + 0.1 for name, value in model.trainable().items()
         }

@@ -71,7 +71,7 @@ def test_one_command_leaves_scores_report_and_adapters(storage):
 def _loaded(storage: Path):
     experiment = recipes.load(str(RECIPE), [f"storage={storage}"])
     run = storage / "tiny"
-    model = build_model(experiment, run / "tokenizer", "tagi", 0)
+    model = build_model(experiment, run / "tokenizer", "hypernetwork", 0)
     load_weights(model, trained_weights(experiment, run, "tagi", 0))
     task = next(iter(read_tasks_of(run / "shards", "test")))
     group = TextGroup(
@@ -118,10 +118,11 @@ def test_an_exported_directory_reloads_as_the_full_model_with_fusion(storage):
     encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
     texts = batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT
     with torch.no_grad():
-        with model.backbone.bound(model.generate_bank(encoded)):
-            full = model.backbone.logits(*texts, model.fused(encoded))
+        with model.backbone.bound(model.generate_bank(encoded), model.fused(encoded)):
+            full = model.backbone.logits(*texts)
+        with model.backbone.bound(bank, read_instruction(folder)):
+            reloaded = model.backbone.logits(*texts)
         with model.backbone.bound(bank):
-            reloaded = model.backbone.logits(*texts, read_instruction(folder))
             alone = model.backbone.logits(*texts)
     torch.testing.assert_close(full, reloaded, atol=1e-5, rtol=0)
     assert (full - alone).abs().max() > 1e-4  # the fused instruction does something

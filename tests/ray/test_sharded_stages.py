@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tagi_ray import checkpoint
-from tagi_ray.backbone import load_backbone
 from tagi_ray.config import Experiment
+from tagi_ray.families import load_backbone
 from tagi_ray.report import read_records
 from tagi_ray.stages import Kind, StageSpec, build_stage
 from tagi_ray.train_loop import Worker, run_stage
@@ -52,6 +52,7 @@ class Case:
     resources: Mapping[str, Any]
     backbone: Mapping[str, Any]
     micro_groups: int = 2
+    fusion: Mapping[str, Any] = field(default_factory=dict)
 
 
 def experiment_of(folder: Path, case: Case, workers: int) -> Experiment:
@@ -63,6 +64,7 @@ def experiment_of(folder: Path, case: Case, workers: int) -> Experiment:
     values["backbone"] = {"path": str(folder / "backbone"), "tokenizer": "train", **case.backbone}
     values["backbone"]["tokenizer_vocabulary"] = 512
     values["resources"] = {"workers": workers, **case.resources}
+    values["fusion"] = dict(case.fusion)
     return Experiment.model_validate(values)
 
 
@@ -96,6 +98,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run, and its backbone as files."""
     folder = tmp_path_factory.mktemp("sharded")
     random = tiny_experiment(folder, taught=True)
+    assert random.backbone.architecture is not None
+    shape = random.backbone.architecture.model_copy(update={"layers": 2})
+    backbone_of_two = random.backbone.model_copy(update={"architecture": shape})
+    random = random.model_copy(update={"backbone": backbone_of_two})
     run = tiny_run(random)
     backbone = load_backbone(random.backbone, random.lora, run / "tokenizer")
     backbone.model.save_pretrained(folder / "backbone")
@@ -132,6 +138,40 @@ def test_losses_do_not_depend_on_ranks_stage_or_offloading(folder: Path, kind: K
         assert result.keys() == expected.keys(), name
         for key, weight in expected.items():
             assert result[key].numel(), (name, key)
+            torch.testing.assert_close(
+                result[key], weight, rtol=1e-2, atol=2e-4, msg=f"{name} {key}"
+            )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_cross_attention_learns_the_same_on_all_ranks_and_stages(
+    folder: Path, shared: bool
+) -> None:
+    fusion = {"kind": "cross_attention+concat", "shared": shared, "low_rank": 4}
+    settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"zero_stage": 0}, {}),
+        ({"zero_stage": 2}, {"activation_checkpointing": True}),
+        ({"zero_stage": 3}, {}),
+        ({"zero_stage": 3}, {"activation_checkpointing": True}),
+        ({"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}, {}),
+        ({"zero_stage": 3}, {"activation_checkpointing": True, "dtype": "bfloat16"}),
+    ]
+    cases = [
+        Case(f"fusion {shared} {number}", "finetune", *one, fusion=fusion)
+        for number, one in enumerate(settings)
+    ]
+    found = results(folder, cases)
+    expected = found[cases[0].name, 1]
+    learnt = {key: weight for key, weight in expected.items() if ".fusion." in key}
+    assert len(learnt) == (6 + 2 if shared else 2 * 6)
+    assert all(weight.any() for weight in learnt.values())
+    for name, result in found.items():
+        rounded = name[0] == cases[-1].name
+        torch.testing.assert_close(
+            result["losses"], expected["losses"], rtol=BFLOAT16 if rounded else FLOAT32, atol=0,
+            msg=str(name),
+        )  # fmt: skip
+        for key, weight in ({} if rounded else learnt).items():
             torch.testing.assert_close(
                 result[key], weight, rtol=1e-2, atol=2e-4, msg=f"{name} {key}"
             )

@@ -97,6 +97,24 @@ def test_padding_is_on_the_right_and_every_text_ends_with_the_end_token(run, tok
     assert batch.cut_texts == 0
 
 
+def test_texts_of_a_decoder_only_model_go_on_and_its_targets_end(run, tokenizer, tmp_path):
+    settings = BackboneSettings(path="random", tokenizer="train", tokenizer_vocabulary=600)
+    prepare_tokenizer(settings, run / "shards", tmp_path / "tokenizer", causal=True)
+    (tmp_path / "shards").symlink_to(run / "shards")
+    (ended,), (open_,) = stream(run, 0, 3), stream(tmp_path, 0, 3)
+    end = tokenizer.eos_id
+    assert torch.equal(ended.target_ids_KNT, open_.target_ids_KNT)
+    for name in ("instruction_ids_KI", "input_ids_KNS", "prompt_ids_KNS"):
+        rows = [
+            getattr(batch, name).reshape(-1, getattr(batch, name).shape[-1])
+            for batch in (ended, open_)
+        ]
+        for with_end, without in zip(*rows, strict=True):
+            text = [token for token in with_end.tolist() if token not in (end, tokenizer.pad_id)]
+            assert with_end.tolist()[len(text)] == end
+            assert [token for token in without.tolist() if token != tokenizer.pad_id] == text
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_all_ranks_together_see_what_one_rank_sees(run, world):
     alone = stream(run, 12, 36, micro_groups=1)

@@ -40,13 +40,13 @@ def test_several_conflicts_are_told_together():
                 "name": "run",
                 "data": {"oracle_instances": 0},
                 "finetune": {"groups": 9},
-                "evaluation": {"systems": ["teacher", "tagi_adapter_only"]},
+                "evaluation": {"systems": ["teacher", "tagi_adapter"]},
             }
         )
     message = str(caught.value)
     assert "finetune.groups=9" in message
     assert "data.oracle_instances=0" in message
-    assert "'tagi_adapter_only' is not in variants" in message
+    assert "evaluation.systems asks for 'tagi_adapter': a system is one of" in message
 
 
 def test_held_out_tasks_are_named_in_one_way():
@@ -114,7 +114,33 @@ def test_errors_survive_pickling(error, code):
         ({"evaluation": {"systems": ["tagi", "tagi"]}}, "tagi stands there twice"),
         ({"metatrain": {"learning_rates": []}}, "at least 1 item"),
         ({"metatrain": {"learning_rates": [0.1, 0.1]}}, "0.1 stands there twice"),
-        ({"variants": ["tagi", "tagi"]}, "tagi stands there twice"),
+        ({"variants": {}}, "variants names none"),
+        (
+            {"variants": {"tagi": {}, "teacher": {}}},
+            "variants.teacher cannot be the name of a system",
+        ),
+        ({"variants": {"tagi": {}, "tagi_empty": {}}}, "variants.tagi_empty cannot be the name"),
+        ({"variants": {"tagi": {}, "A": {}}}, "variants.A cannot be the name"),
+        (
+            {"variants": {"tagi": {}, "x": {"fusion": {"kindd": "none"}}}},
+            "variants.x: kindd: Extra inputs are not permitted",
+        ),
+        (
+            {
+                "variants": {"tagi": {"hypernetwork": {"generator": "none"}}},
+                "fusion": {"kind": "concat"},
+            },
+            "generator=none and fusion.kind=concat leave nothing to train",
+        ),
+        (
+            {"variants": {"tagi": {"pretrain": {"enabled": True}}}},
+            "set pretrain.enabled=true for the run",
+        ),
+        ({"fusion": {"kind": "concat", "shared": True}}, "fusion.shared would not be read"),
+        (
+            {"backbone": {"architecture": {"family": "llama", "heads": 6, "kv_heads": 4}}},
+            "is not a multiple of backbone.architecture.kv_heads=4",
+        ),
     ],
 )
 def test_what_could_only_fail_later_is_refused(changes, message):

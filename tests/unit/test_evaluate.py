@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tagi_ray.backbone import Backbone
 from tagi_ray.config import Experiment
+from tagi_ray.encoder_decoder import EncoderDecoder
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.evaluate import (
     Scorer,
@@ -30,19 +29,12 @@ from tagi_ray.export import write_adapter
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import LoraBank
+from tagi_ray.method_sections import FusionSettings, HypernetworkSettings, VariantSettings
 from tagi_ray.metrics import Prediction, aggregate
 from tagi_ray.model import TagiModel
-from tagi_ray.sections import (
-    BankSettings,
-    DataSettings,
-    EvaluationSettings,
-    FusionSettings,
-    HypernetworkSettings,
-    LoraSettings,
-    System,
-)
+from tagi_ray.sections import BankSettings, DataSettings, EvaluationSettings, LoraSettings
 from tagi_ray.shards import ShardTask
-from tagi_ray.systems import KNOWN_SYSTEMS, instruction_sources
+from tagi_ray.systems import instruction_sources, plan_of
 from tagi_ray.tasks import Instance, PositiveExample, Task
 from tagi_ray.vocabulary import TextTokenizer
 
@@ -55,6 +47,12 @@ EXPERIMENT = Experiment(
     hypernetwork=HypernetworkSettings(width=16, layers=1, heads=2, capacity=4),
     evaluation=EvaluationSettings(tasks_per_batch=2, instances_per_batch=2),
     oracle=BankSettings(prompt="input"),
+    variants={
+        "tagi": VariantSettings(),
+        "tuned": VariantSettings(
+            hypernetwork={"generator": "shared"}, distillation={"student_prompt": "full"}
+        ),
+    },
 )
 
 
@@ -84,7 +82,8 @@ def tokenizer(tmp_path_factory):
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(["<pad>", "</s>", "<unk>"])
     made.save(str(folder / "tokenizer.json"))
-    (folder / "special.json").write_text(json.dumps({"pad": 0, "eos": 1, "start": 0}))
+    special = {"pad": 0, "eos": 1, "start": 0, "begin": None, "ends_texts": True}
+    (folder / "special.json").write_text(json.dumps(special))
     return TextTokenizer(folder)
 
 
@@ -105,17 +104,17 @@ def model(tokenizer):
     for name, parameter in t5.named_parameters():
         if "Attention" in name:
             torch.nn.init.normal_(parameter, std=0.6)  # so that the words it reads matter to it
-    backbone = Backbone(t5, LORA.targets, "tiny")
+    backbone = EncoderDecoder(t5, LORA.targets, "tiny")
     hypernetwork = Hypernetwork(backbone.sites, 16, EXPERIMENT.hypernetwork, LORA)
     for name, parameter in hypernetwork.named_parameters():
         if "heads" in name:
             torch.nn.init.normal_(parameter)  # at its start it would generate nothing
-    return TagiModel(backbone, hypernetwork, Fusion(FusionSettings(), 16))
+    return TagiModel(backbone, hypernetwork, Fusion(FusionSettings(), backbone))
 
 
 def predict(model, tokenizer, system, tasks=TASKS, folder=Path(), **changes):
     experiment = EXPERIMENT.model_copy(update=changes)
-    plan = KNOWN_SYSTEMS[system] if isinstance(system, str) else system
+    plan = plan_of(system, EXPERIMENT) if isinstance(system, str) else system
     sources = instruction_sources([task.task for task in tasks], plan.instruction)
     return Scorer(model, tokenizer, experiment, folder).predict(plan, tasks, sources)
 
@@ -128,8 +127,20 @@ def with_definition(task: ShardTask, other: Task) -> ShardTask:
     return replace(task, task=replace(task.task, definitions=other.definitions))
 
 
-def test_every_system_of_the_settings_is_known():
-    assert set(KNOWN_SYSTEMS) == set(get_args(System))
+def test_a_variant_and_its_controls_are_systems_that_say_how_they_differ():
+    plan = plan_of("tuned", EXPERIMENT)
+    assert (plan.weights, plan.prompt, plan.bank, plan.fusion) == (
+        "tuned",
+        "full",
+        "generated",
+        True,
+    )
+    assert "hypernetwork.generator=shared" in plan.about
+    assert plan_of("tuned_shuffled", EXPERIMENT).instruction == "shuffled"
+    assert plan_of("tuned_empty", EXPERIMENT).instruction == "empty"
+    assert plan_of("tuned_no_bank", EXPERIMENT).bank == "none"
+    assert not plan_of("tuned_no_fusion", EXPERIMENT).fusion
+    assert plan_of("tagi", EXPERIMENT).prompt == "input"
 
 
 @pytest.mark.parametrize("system", ["base", "metatrain", "tagi", "tagi_no_bank"])
@@ -224,7 +235,7 @@ def test_no_bank_keeps_the_fusion(model, tokenizer, monkeypatch):
 
 
 def test_adapter_only_keeps_the_adapter(model, tokenizer):
-    alone = texts(predict(model, tokenizer, "tagi_adapter_only"))
+    alone = texts(predict(model, tokenizer, "tagi_no_fusion"))
     model.fusion = None
     assert alone == texts(predict(model, tokenizer, "tagi"))
     assert alone != texts(predict(model, tokenizer, "base"))
@@ -248,7 +259,7 @@ def test_teacher_answers_with_each_tasks_own_adapter(model, tokenizer, tmp_path)
     for task in TASKS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "generate_bank", lambda _, bank=banks[task.task.name]: bank)
-            expected = predict(model, tokenizer, "tagi_adapter_only", [task])
+            expected = predict(model, tokenizer, "tagi_no_fusion", [task])
         assert [one for one in taught if one.task == task.task.name] == expected
     assert texts(taught) != texts(predict(model, tokenizer, "base"))
 
@@ -358,7 +369,7 @@ def test_scores_of_other_systems_stay_while_they_are_of_the_same_run(tmp_path):
     write_scores(tmp_path, {"tagi": 1, "base": 1}, run)
     merged = write_scores(tmp_path, {"tagi": 2, "metatrain": 2}, run)
     assert merged == json.loads((tmp_path / "scores.json").read_text())
-    assert list(merged["systems"].items()) == [("base", 1), ("metatrain", 2), ("tagi", 2)]
+    assert list(merged["systems"].items()) == [("tagi", 2), ("base", 1), ("metatrain", 2)]
     other = write_scores(tmp_path, {"tagi": 3}, {**run, "data_fingerprint": "b"})
     assert other["systems"] == {"tagi": 3}
 

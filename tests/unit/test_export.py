@@ -3,15 +3,17 @@
 import json
 import math
 import os
+import re
 import resource
 import struct
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tagi_ray.backbone import Backbone, EncodedInstruction
+from tagi_ray.encoder_decoder import EncoderDecoder
 from tagi_ray.errors import AdapterError
 from tagi_ray.export import (
     adapter_readme,
@@ -21,8 +23,11 @@ from tagi_ray.export import (
     stack_adapters,
     write_adapter,
 )
+from tagi_ray.instruction import FusedInstruction
 from tagi_ray.lora import LoraBank
 from tagi_ray.sections import LoraSettings
+from tests.decoders import BEGIN, random_causal_lm, random_decoder
+from tests.models import VOCABULARY, fill
 
 LORA = LoraSettings(rank=3, alpha=6.0, targets=("q", "v"))
 BASE = "some/base"
@@ -45,7 +50,7 @@ def tiny_t5():
 
 @pytest.fixture(scope="module")
 def backbone():
-    return Backbone(tiny_t5(), LORA.targets, BASE)
+    return EncoderDecoder(tiny_t5(), LORA.targets, BASE)
 
 
 @pytest.fixture
@@ -373,35 +378,62 @@ def test_damaged_files_are_adapter_errors(adapter, backbone, name, damage):
         read(adapter, backbone)
 
 
-def encoded():
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+
+
+def fused(kind: str) -> FusedInstruction:
+    """Two instructions, of which the second has two tokens."""
     states = torch.arange(2 * 4 * 16, dtype=torch.float32).view(2, 4, 16)
-    return EncodedInstruction(states, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool())
-
-
-def test_the_encoded_instruction_travels_with_the_adapter(tmp_path, bank):
-    folder = tmp_path / "adapter"
-    write_adapter(
-        folder, bank, 1, lora=LORA, base_model=BASE, instruction=encoded(), fusion="concat"
+    if kind == "kv_prefix":
+        layers = torch.arange(3 * 2 * 2 * 2 * 4 * 5).float().view(3, 2, 2, 2, 4, 5)
+        return FusedInstruction(MASK, prefix=tuple((keys, values) for keys, values in layers))
+    return FusedInstruction(
+        MASK, states if "concat" in kind else None, states if "cross" in kind else None
     )
+
+
+@pytest.mark.parametrize(
+    "kind", ["concat", "cross_attention", "cross_attention+concat", "kv_prefix"]
+)
+def test_what_the_student_gets_of_the_instruction_travels_with_the_adapter(tmp_path, bank, kind):
+    folder, given = tmp_path / "adapter", fused(kind)
+    write_adapter(folder, bank, 1, lora=LORA, base_model=BASE, instruction=given, fusion=kind)
     returned = read_instruction(folder)
-    assert torch.equal(returned.states_KID, encoded().states_KID[1:])
-    assert torch.equal(returned.mask_KI, encoded().mask_KI[1:])
+    assert returned.mask_KI.tolist() == [[True, True]]  # padding of the batch is left out
+    for part, other in ((returned.memory_KID, given.memory_KID),
+                        (returned.attended_KID, given.attended_KID)):  # fmt: skip
+        assert (part is None) == (other is None)
+        assert part is None or torch.equal(part, other[1:, :2])
+    assert len(returned.prefix) == len(given.prefix) == (3 if kind == "kv_prefix" else 0)
+    for layer, other in zip(returned.prefix, given.prefix, strict=True):
+        for part, whole in zip(layer, other, strict=True):
+            assert torch.equal(part, whole[1:, :, :2])
     extras = json.loads((folder / "tagi.json").read_text())
-    assert extras["fusion"] == "concat"
+    assert extras["fusion"] == kind
     assert extras["fusion_weights_sha256"] is None
     assert extras["fusion_has_weights"] is False
 
 
-def test_a_damaged_instruction_is_refused(tmp_path, bank):
+@pytest.mark.parametrize(
+    ("kind", "tensors", "reason"),
+    [
+        ("concat", {"states": (4, 16), "mask": (3,)}, r"mask \[3\] doesn't fit states \[4, 16\]"),
+        ("concat", {"states": (4,), "mask": (4,)}, r"not states \[I, D\] and mask \[I\]"),
+        ("concat", {"keys": (3, 2, 4, 5), "values": (3, 2, 4, 5), "mask": (4,)}, "not states"),
+        ("kv_prefix", {"states": (4, 16), "mask": (4,)}, r"not keys and values \[L, H, I, E\]"),
+        ("kv_prefix", {"keys": (3, 2, 4, 5), "values": (3, 2, 3, 5), "mask": (4,)}, "not keys and"),
+        ("kv_prefix", {"keys": (3, 2, 4, 5), "values": (3, 2, 4, 5), "mask": (2,)}, "doesn't fit"),
+        ("no_kind", {"states": (4, 16), "mask": (4,)}, "fusion='no_kind' is no kind of fusion"),
+    ],
+)
+def test_a_damaged_instruction_is_refused(tmp_path, bank, kind, tensors, reason):
     folder = tmp_path / "adapter"
     write_adapter(
-        folder, bank, 1, lora=LORA, base_model=BASE, instruction=encoded(), fusion="concat"
+        folder, bank, 1, lora=LORA, base_model=BASE, instruction=fused("concat"), fusion=kind
     )
-    save_file(
-        {"states": torch.zeros(4, 16), "mask": torch.zeros(3, dtype=torch.bool)},
-        folder / "instruction.safetensors",
-    )
-    with pytest.raises(AdapterError, match=r"mask \[3\] doesn't fit states \[4, 16\]"):
+    made = {name: torch.ones(shape) for name, shape in tensors.items()}
+    save_file(made | {"mask": made["mask"].bool()}, folder / "instruction.safetensors")
+    with pytest.raises(AdapterError, match=reason):
         read_instruction(folder)
 
 
@@ -434,3 +466,139 @@ def test_banks_of_half_precision_are_written_in_it_and_lose_nothing(tmp_path, ba
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     for site in half.a:
         assert torch.equal(weights[f"base_model.model.{site}.lora_A.weight"], half.a[site][0])
+
+
+# Decoder-only models.
+
+
+def decoder_adapter(folder, family, targets, rank=8):
+    """A written adapter of a small random model, its backbone, and the bank it is a slot of."""
+    backbone = random_decoder(family, torch.float32, targets=targets)
+    lora = LoraSettings(rank=rank, alpha=2.0 * rank, targets=targets)
+    bank = fill(backbone.sites, 2, rank)
+    write_adapter(
+        folder,
+        bank,
+        1,
+        lora=lora,
+        base_model="random",
+        task_type=backbone.task_type,
+        transposed=backbone.sites[0].transposed,
+    )
+    return backbone, bank, lora
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+        ("mistral", ("q_proj", "v_proj")),
+        ("qwen2", ("q_proj", "v_proj")),
+        ("qwen3", ("k_proj", "down_proj")),
+        ("gpt2", ("c_attn",)),
+        ("gpt2", ("c_attn", "c_proj", "c_fc")),
+    ],
+)
+def test_stock_peft_computes_the_same_logits_of_a_decoder_only_model(tmp_path, family, targets):
+    from peft import PeftModel
+
+    backbone, bank, lora = decoder_adapter(tmp_path / "adapter", family, targets)
+    returned = read_adapter(
+        tmp_path / "adapter", backbone.sites, rank=8, alpha=lora.alpha, base_model="random"
+    )
+    assert all(torch.equal(returned.a[name][0], bank.a[name][1]) for name in bank.a)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["fan_in_fan_out"] is (family == "gpt2")
+
+    ids = torch.randint(3, VOCABULARY, (1, 2, 9), generator=torch.Generator().manual_seed(2))
+    inputs, targets_ids = ids[..., :5], ids[..., 5:]
+    mask = torch.ones_like(inputs, dtype=torch.bool)
+    with torch.no_grad(), backbone.bound(bank.take(torch.tensor([1]))):
+        ours = backbone.logits(inputs, mask, targets_ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # of keys that are missing, or of an orientation
+        stock = PeftModel.from_pretrained(
+            random_causal_lm(family, torch.float32), tmp_path / "adapter"
+        ).eval()
+    begun = torch.cat([torch.full((2, 1), BEGIN), ids[0]], 1)
+    with torch.no_grad():
+        theirs = stock(input_ids=begun).logits[:, 5:-1]
+        bare = backbone.logits(inputs, mask, targets_ids)[0]
+    torch.testing.assert_close(ours[0], theirs, atol=2e-5, rtol=1e-5)
+    assert (theirs - bare).abs().max() > 1e-2
+
+
+VLLM_LARGEST_RANK = 64
+"""Its --max-lora-rank, which is one of 8, 16, 32, 64, 128, 256, 320 and 512 (and 16 if not set)."""
+VLLM_MODULES = {
+    # Its own fused layers, by the names that they are packed from.
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+}  # fmt: skip
+
+
+def vllm_problems(folder) -> list[str]:
+    """What vLLM would refuse of the adapter of a model like Llama, by its rules.
+
+    Those of `PEFTHelper` and `LoRAModel.from_local_checkpoint`; vLLM itself pins other versions.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    problems = [
+        f"{name}={config[name]}"
+        for name, allowed in {
+            "bias": ("none",),
+            "use_dora": (False, None),
+            "use_rslora": (False, None),  # which it knows: but then the scale is another
+            "modules_to_save": (None,),
+            "fan_in_fan_out": (False, None),
+            "peft_type": ("LORA",),
+        }.items()
+        if config[name] not in allowed
+    ]
+    rank, targets = config["r"], config["target_modules"]
+    if rank > VLLM_LARGEST_RANK:
+        problems.append(f"r={rank}")
+    if not isinstance(targets, list) or not set(targets) <= VLLM_MODULES:
+        problems.append(f"target_modules={targets}")
+    if (folder / "adapter_model.bin").exists():
+        problems.append("pickle")
+    key = re.compile(
+        r"base_model\.model\.model\.layers\.\d+\.[a-z_]+\.([a-z_]+)\.lora_([AB])\.weight"
+    )
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name, value in weights.items():
+        match = key.fullmatch(name)
+        if match is None or match[1] not in VLLM_MODULES:
+            problems.append(name)
+        elif value.shape[0 if match[2] == "A" else 1] != rank:
+            problems.append(f"{name}: {list(value.shape)}")
+    halves = [name.replace("lora_A", "lora_B") for name in weights if "lora_A" in name]
+    if not halves or set(halves) != {name for name in weights if "lora_B" in name}:
+        problems.append("factors without their other half")
+    return problems
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_adapters_of_models_like_llama_follow_the_rules_of_vllm(tmp_path, family):
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    decoder_adapter(tmp_path / "adapter", family, every)
+    assert vllm_problems(tmp_path / "adapter") == []
+
+
+def test_the_rules_of_vllm_find_what_it_would_refuse(tmp_path):
+    decoder_adapter(tmp_path / "adapter", "llama", ("q_proj", "v_proj"), rank=65)
+    assert vllm_problems(tmp_path / "adapter") == ["r=65"]
+    decoder_adapter(tmp_path / "gpt2", "gpt2", ("c_attn",))
+    assert "fan_in_fan_out=True" in vllm_problems(tmp_path / "gpt2")
+
+
+def test_an_adapter_of_the_other_orientation_is_refused(tmp_path):
+    backbone, _, lora = decoder_adapter(tmp_path / "adapter", "gpt2", ("c_attn",))
+    edit_config(tmp_path / "adapter", fan_in_fan_out=False)
+    with pytest.raises(AdapterError, match="fan_in_fan_out is False, this run needs True"):
+        read_adapter(
+            tmp_path / "adapter", backbone.sites, rank=8, alpha=lora.alpha, base_model="random"
+        )

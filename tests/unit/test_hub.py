@@ -210,7 +210,7 @@ LOAD = """
 import sys
 import torch
 from pathlib import Path
-from tagi_ray.backbone import load_backbone
+from tagi_ray.families import load_backbone
 from tagi_ray.hub import pinned
 from tagi_ray.sections import BackboneSettings, LoraSettings
 from tagi_ray.vocabulary import prepare_tokenizer

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tagi_ray.backbone import EncodedInstruction
-from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import Hypernetwork
 from tagi_ray.lora import common_start
-from tagi_ray.sections import FusionSettings, HypernetworkSettings, LoraSettings
+from tagi_ray.method_sections import FusionSettings, HypernetworkSettings
+from tagi_ray.sections import LoraSettings
 from tests.models import random_backbone, random_batch, random_model
 
 
@@ -28,9 +28,9 @@ def test_step_zero_is_the_backbone_with_the_common_start():
 def test_gradients_reach_every_weight():
     model, batch = random_model(), random_batch()
     encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
-    with model.backbone.bound(model.generate_bank(encoded)):
+    with model.backbone.bound(model.generate_bank(encoded), model.fused(encoded)):
         logits = model.backbone.logits(
-            batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT, model.fused(encoded)
+            batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT
         )
         logits.square().sum().backward()
     for name, parameter in model.hypernetwork.named_parameters():
@@ -70,24 +70,20 @@ def test_sites_of_one_module_get_different_adapters():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("projected", [False, True])
-def test_concatenated_memory_equals_each_row_built_by_hand(projected):
-    model, batch = random_model(), random_batch()
-    if projected:
-        model.fusion = Fusion(FusionSettings(), 32, projected=True)
-        torch.nn.init.normal_(model.fusion.projection.weight, std=0.2)
+def test_concatenated_memory_equals_each_row_built_by_hand():
+    model, batch = random_model(FusionSettings(kind="concat")), random_batch()
     encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
-    memory = model.fused(encoded)
-    logits = model.backbone.logits(
-        batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT, memory
-    )
+    with model.backbone.bound(None, model.fused(encoded)):
+        logits = model.backbone.logits(
+            batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT
+        )
     hf = model.backbone.model
     for task in range(2):
         keep = batch.instruction_mask_KI[task]
         for row in range(3):
             ids = batch.input_ids_KNS[task, row][batch.input_mask_KNS[task, row]]
             states = hf.encoder(input_ids=ids[None]).last_hidden_state
-            joint = torch.cat([memory.states_KID[task][keep][None], states], 1)
+            joint = torch.cat([encoded.states_KID[task][keep][None], states], 1)
             target = batch.target_ids_KNT[task, row]
             target = target[target != -100]
             alone = hf(encoder_outputs=(joint,), labels=target[None]).logits[0]
@@ -102,23 +98,9 @@ def test_without_fusion_the_decoder_sees_no_instruction():
     assert model.fused(encoded) is None
 
 
-def test_a_zero_projection_leaves_the_instruction_as_it_is():
-    encoded = EncodedInstruction(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
-    fused = Fusion(FusionSettings(), 8, projected=True)(encoded)
-    assert torch.equal(fused.states_KID, encoded.states_KID)
-
-
 def test_instructions_are_not_encoded_under_a_bank():
     model, batch = random_model(), random_batch()
     ids, mask = batch.instruction_ids_KI, batch.instruction_mask_KI
     bank = model.generate_bank(model.encode_instruction(ids, mask))
     with model.backbone.bound(bank), pytest.raises(RuntimeError, match="without a bank"):
         model.encode_instruction(ids, mask)
-
-
-@pytest.mark.parametrize("kind", ["projection", "plain"])
-def test_a_bfloat16_backbone_fuses_with_float32_weights(kind):
-    fusion = Fusion(FusionSettings(), 8, projected=kind == "projection")
-    states = torch.randn(2, 5, 8).bfloat16()
-    fused = fusion(EncodedInstruction(states, torch.ones(2, 5, dtype=torch.bool)))
-    assert torch.equal(fused.states_KID.bfloat16(), states)

@@ -1,12 +1,20 @@
 """Each loss against an independent float64 computation, gradients included."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from tagi_ray.lora import LoraBank, Site
-from tagi_ray.losses import alignment, cross_entropy, distillation_kl, valid_tokens
+from tagi_ray.losses import (
+    alignment,
+    coarse_kl,
+    cross_entropy,
+    distillation_kl,
+    log_probabilities,
+    valid_tokens,
+)
 from tests.models import fill
 
 SITES = (Site("q", 6, 10), Site("wide.o", 14, 6))
@@ -32,27 +40,120 @@ def test_cross_entropy_equals_the_sum_written_out():
     assert valid_tokens(targets).tolist() == [10, 8]
 
 
+def _scores64(logits, temperature, standardize):
+    """What is compared, in float64."""
+    if standardize:
+        mean = logits.mean(-1, keepdim=True)
+        variance = (logits - mean).square().sum(-1, keepdim=True) / (logits.shape[-1] - 1)
+        logits = (logits - mean) / (1e-7 + variance.sqrt())
+    return torch.softmax(logits / temperature, -1)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_kl_and_its_gradient_equal_the_sum_written_out(temperature, monkeypatch):
+def test_kl_and_its_gradient_equal_the_sum_written_out(temperature, standardize, monkeypatch):
     monkeypatch.setattr("tagi_ray.losses.CHUNK", 5)  # several chunks, the last one short
     student, targets = _logits()
     teacher, _ = _logits(seed=7)
     teacher.requires_grad_()
     student.requires_grad_()
-    loss = distillation_kl(teacher, student, targets, temperature)
+    loss = distillation_kl(teacher, student, targets, temperature, standardize)
     loss.sum().backward()
     student64 = student.detach().double().requires_grad_()
-    p = torch.softmax(teacher.detach().double() / temperature, -1)
-    q = torch.softmax(student64 / temperature, -1)
+    p = _scores64(teacher.detach().double(), temperature, standardize)
+    q = _scores64(student64, temperature, standardize)
     per_token = temperature**2 * (p * (p / q).log()).sum(-1)
     expected = (per_token * (targets != -100)).sum((1, 2))
     expected.sum().backward()
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(student.grad.double(), student64.grad, rtol=1e-4, atol=1e-6)
     assert teacher.grad is None
-    # The released code compares the student with itself here, and gets zero.
+    # The released code compares the student with itself here, unless it standardises.
     assert (loss > 0.1).all()
     assert student.grad.abs().max() > 1e-2
+
+
+def test_standardised_logits_are_compared_whatever_their_place_and_size():
+    logits, targets = _logits()
+    for standardize, same in ((True, True), (False, False)):
+        kl = distillation_kl(logits, 3 * logits + 2, targets, 1.0, standardize)
+        assert torch.equal(kl.abs() < 1e-5, torch.tensor([same] * 2))
+    constant = torch.zeros_like(logits).requires_grad_()  # has no deviation to be divided by
+    loss = distillation_kl(logits, constant, targets, 1.0, True).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert constant.grad.isfinite().all()
+
+
+def test_vocabularies_of_two_sizes_are_compared_over_what_both_have():
+    """T5's files embed 32128 entries, a checkpoint of the released code 32100."""
+    student, targets = _logits()
+    teacher, _ = _logits(seed=7)
+    for wide, narrow in ((student, teacher[..., :8]), (student[..., :8], teacher)):
+        kl = distillation_kl(narrow, wide, targets, 2.0, True)
+        expected = distillation_kl(narrow[..., :8], wide[..., :8], targets, 2.0, True)
+        assert torch.equal(kl, expected)
+    assert (kl > 0.1).all()
+
+
+def _kept(teacher, kept, temperature, standardize):
+    top = log_probabilities(teacher, temperature, standardize).topk(kept, -1)
+    return top.indices, top.values
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("kept", [1, 4, 10, 11])
+def test_coarse_kl_and_its_gradient_equal_the_sum_over_merged_events(
+    kept, standardize, monkeypatch
+):
+    monkeypatch.setattr("tagi_ray.losses.CHUNK", 5)
+    student, targets = _logits()
+    teacher, _ = _logits(seed=7)
+    student.requires_grad_()
+    loss = coarse_kl(*_kept(teacher, kept, 2.0, standardize), student, targets, 2.0, standardize)
+    loss.sum().backward()
+    student64 = student.detach().double().requires_grad_()
+    p = _scores64(teacher.double(), 2.0, standardize)
+    q = _scores64(student64, 2.0, standardize)
+    ids = p.topk(kept, -1).indices
+    events = []
+    for chances in (p, q):
+        known = chances.gather(-1, ids)
+        rest = chances.scatter(-1, ids, 0.0).sum(-1, keepdim=True)
+        events.append(torch.cat([known, rest], -1) if kept < 11 else known)
+    per_token = 4.0 * (events[0] * (events[0] / events[1]).log()).sum(-1)
+    expected = (per_token * (targets != -100)).sum((1, 2))
+    expected.sum().backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(student.grad.double(), student64.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_coarse_kl_grows_with_what_is_kept_to_the_full_kl():
+    student, targets = _logits()
+    teacher, _ = _logits(seed=7)
+    full = distillation_kl(teacher, student, targets, 1.0)
+    values = [
+        coarse_kl(*_kept(teacher, kept, 1.0, False), student, targets, 1.0)
+        for kept in (1, 2, 4, 8, 11)
+    ]
+    for less, more in pairwise(values):
+        assert (less <= more + 1e-5).all()
+    assert (values[0] < 0.9 * full).all()
+    torch.testing.assert_close(values[-1], full)
+
+
+def test_coarse_kl_of_sure_teachers_and_students_is_finite_with_its_gradient():
+    """The rest of either is less than a float32 can tell from nothing."""
+    _, targets = _logits()
+    sure, other = torch.zeros(2, 3, 4, 11), torch.zeros(2, 3, 4, 11)
+    sure[..., 0], other[..., 9] = 200.0, 200.0
+    for student in (sure, other):
+        student = student.clone().requires_grad_()
+        loss = coarse_kl(*_kept(sure, 3, 1.0, False), student, targets, 1.0)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert student.grad.isfinite().all()
+    torch.testing.assert_close(loss, 200.0 * valid_tokens(targets))
 
 
 def test_kl_of_equal_logits_is_zero_and_padding_counts_nothing():

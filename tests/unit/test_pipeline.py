@@ -92,13 +92,14 @@ def test_the_backbone_is_part_of_a_stage(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
-def test_a_decoder_is_refused_before_a_run_is_made(tmp_path: Path) -> None:
-    from transformers import GPT2Config
+def test_a_model_of_no_known_family_is_refused_before_a_run_is_made(tmp_path: Path) -> None:
+    from transformers import BertConfig
 
-    GPT2Config().save_pretrained(tmp_path / "gpt2")
-    files = {"path": str(tmp_path / "gpt2"), "architecture": None}
+    BertConfig().save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").touch()
+    files = {"path": str(tmp_path / "bert"), "architecture": None}
     experiment = changed(tiny_experiment(tmp_path), "backbone", **files)
-    with pytest.raises(ConfigError, match=r"type gpt2: .* T5 family \(t5, mt5, umt5, longt5\)"):
+    with pytest.raises(ConfigError, match=r"type bert: name one of type t5, .*, gpt2"):
         open_run(experiment)
     assert not (tmp_path / "tiny").exists()
     T5Config().save_pretrained(tmp_path / "empty")

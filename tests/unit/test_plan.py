@@ -25,8 +25,9 @@ from tagi_ray.sections import BackboneSettings
 from tagi_ray.vocabulary import prepare_tokenizer
 
 ROOT = Path(__file__).parents[2]
-NEEDS = {"sni_small": ["data.path=tasks", "data.test_tasks_file=test_tasks.txt"]}
-PAPER = [name for name in recipes.names() if "t5" in name]
+SMALL = ("sni_small", "sni_small_decoder")
+NEEDS = {key: ["data.path=tasks", "data.test_tasks_file=test_tasks.txt"] for key in SMALL}
+FOR_GPUS = [n for n in recipes.names() if n.startswith(("sni_", "p3_")) and n not in SMALL]
 GPU = 80 * 10**9
 
 
@@ -47,8 +48,8 @@ def test_every_shipped_recipe_plans(name):
     assert all(f"\n{stage.kind}: " in text for stage in made.stages)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_runs_fit_gpus_of_80_gb(name):
+@pytest.mark.parametrize("name", FOR_GPUS)
+def test_large_runs_fit_gpus_of_80_gb(name):
     for stage in planned(name).stages:
         assert stage.at(stage.zero_stage).peak < 0.9 * GPU, stage.kind
 
@@ -74,13 +75,14 @@ def test_generated_numbers_of_a_task_are_those_of_the_paper(name, millions, site
         ("sni_small", ["backbone.architecture.vocabulary=4096"]),
         ("sni_flan_t5_small", ["backbone.path=random"]),
         ("sni_t5_base", ["backbone.path=random", "backbone.dtype=float32"]),
+        ("sni_qwen_0_6b", ["backbone.path=random", "backbone.architecture.layers=2"]),
     ],
 )
 def test_planned_parameters_are_those_of_the_model_that_is_built(name, overrides, tmp_path):
     prepare_tokenizer(BackboneSettings(path="demo"), tmp_path / "shards", tmp_path / "tokenizer")
     experiment = recipes.load(name, [*NEEDS.get(name, []), *overrides])
-    model = build_model(experiment, tmp_path / "tokenizer", "tagi", 0)
-    made = planned(name)
+    model = build_model(experiment, tmp_path / "tokenizer", "hypernetwork", 0)
+    made = planned(name, *overrides)
     assert made.backbone == sum(p.numel() for p in model.backbone.parameters())
     assert made.hypernetwork == sum(p.numel() for p in model.trainable().values())
     assert made.stage("finetune").frozen == made.backbone
@@ -90,7 +92,7 @@ def test_planned_parameters_are_those_of_the_model_that_is_built(name, overrides
 
 
 def by_hand(experiment: Experiment) -> dict[str, int]:
-    """Parameters of a tied, gated T5 with q and v as sites, and of its hypernetwork."""
+    """Parameters of a tied, gated T5 with q and v as sites, of its hypernetwork and fusion."""
     shape, lora, hyper = experiment.backbone.architecture, experiment.lora, experiment.hypernetwork
     assert shape is not None
     d, ff, inner, n = shape.d_model, shape.d_ff, shape.heads * shape.d_kv, shape.layers
@@ -115,6 +117,7 @@ def by_hand(experiment: Experiment) -> dict[str, int]:
         + 2 * mix
         + basis
     )
+    network += n * (2 * d + 4 * d * inner)  # the cross-attention of each encoder block
     factors = sites * lora.rank * (d + inner)
     start = sites * lora.rank * d
     return {"backbone": backbone, "network": network, "factors": factors, "start": start}
@@ -191,16 +194,31 @@ def test_offloaded_state_is_counted_beside_the_gpu_and_in_the_process_without_on
     assert with_it.stage("finetune").at(3).peak == without.stage("finetune").at(3).peak
 
 
+SHAPES = {
+    "t5": "feed_forward: gated-gelu, tied_embeddings: false",
+    "llama": "family: llama, kv_heads: 2",
+    "qwen3": "family: qwen3, kv_heads: 2, tied_embeddings: false",
+    "gpt2": "family: gpt2",
+}
+TARGETS = {"t5": "q, v", "llama": "q_proj, v_proj", "qwen3": "q_proj, v_proj", "gpt2": "c_attn"}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["teachers", "finetune", "metatrain"])
-def test_activations_are_those_of_a_real_step(kind, checkpointing, tmp_path):
-    prepare_tokenizer(BackboneSettings(path="demo"), tmp_path / "shards", tmp_path / "tokenizer")
+@pytest.mark.parametrize("family", SHAPES)
+def test_activations_are_those_of_a_real_step(family, kind, checkpointing, tmp_path):
+    causal = family != "t5"
+    prepare_tokenizer(
+        BackboneSettings(path="demo"), tmp_path / "shards", tmp_path / "tokenizer", causal
+    )
     experiment = recipes.load(
         "demo",
         [
             "backbone.path=random",
             "backbone.architecture={d_model: 64, d_ff: 128, d_kv: 16, heads: 4, layers: 2,"
-            " vocabulary: 1024, feed_forward: gated-gelu, tied_embeddings: false}",
+            f" vocabulary: 1024, {SHAPES[family]}}}",
+            f"lora.targets=[{TARGETS[family]}]",
+            f"fusion.kind={'kv_prefix' if causal else 'concat'}",
             f"backbone.activation_checkpointing={checkpointing}",
         ],
     )
@@ -216,7 +234,7 @@ def real_peak(
     experiment: Experiment, kind: Kind, lengths: Lengths, slots: int, tokenizer: Path
 ) -> int:
     """Peak of what torch's allocator gave out in one forward and backward, gradients included."""
-    role = {"teachers": "teacher", "metatrain": "metatrain"}.get(kind, "tagi")
+    role = {"teachers": "teacher", "metatrain": "metatrain"}.get(kind, "hypernetwork")
     model = build_model(experiment, tokenizer, role, 0)  # pyright: ignore[reportArgumentType]
     settings, bank = experiment.stages()[kind], None
     if kind != "metatrain":

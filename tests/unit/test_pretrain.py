@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from contextlib import ExitStack
@@ -19,10 +20,10 @@ from tagi_ray import checkpoint, objectives
 from tagi_ray.batches import Batch, local_batches
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, RunConflictError
-from tagi_ray.groups import division
+from tagi_ray.groups import _load_tokenizer, division
+from tagi_ray.method_sections import DistillationSettings
 from tagi_ray.order import OrderPlan
 from tagi_ray.pipeline import open_run
-from tagi_ray.sections import DistillationSettings
 from tagi_ray.shards import read_manifest, read_tasks_of
 from tagi_ray.stages import (
     Stage,
@@ -150,6 +151,22 @@ def test_the_pieces_are_the_text_each_with_an_end_token(run):
     assert all(batch.prompt_ids_KNS.shape[-1] == 0 for batch in found)
 
 
+def test_of_a_decoder_only_model_the_target_alone_ends_and_no_input_is_empty(run):
+    ended = stream(run, 300)
+    special = run / "tokenizer" / "special.json"
+    special.write_text(json.dumps(json.loads(special.read_text()) | {"ends_texts": False}))
+    _load_tokenizer.cache_clear()
+    tokenizer, shorter = TextTokenizer(run / "tokenizer"), 0
+    for one, other in zip(pieces(stream(run, 300)), pieces(ended), strict=True):
+        first, second, target = one
+        assert [*first, *second, *target] == [*text_of(other), tokenizer.eos_id]
+        assert first == other[0][:-1]
+        assert second == other[1][:-1] or len(second) == 1 == len(other[1])
+        shorter += second != other[1][:-1]
+        assert len(target) >= 3  # two tokens and the end
+    assert shorter > 10
+
+
 def test_division_depends_on_seed_and_epoch_and_not_on_workers_or_batches(run):
     count = int(read_manifest(run / "corpus").splits["train"].count.sum())
     alone = pieces(stream(run, 60))
@@ -177,11 +194,10 @@ def test_the_loss_is_the_cross_entropy_of_the_target():
         loss = objective.loss(model, batch, totals, scope).loss
     with torch.no_grad():
         encoded = model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
-        with model.backbone.bound(model.generate_bank(encoded)):
+        with model.backbone.bound(model.generate_bank(encoded), model.fused(encoded)):
             logits = model.backbone.logits(
-                batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT,
-                model.fused(encoded),
-            )  # fmt: skip
+                batch.input_ids_KNS, batch.input_mask_KNS, batch.target_ids_KNT
+            )
     probabilities = logits.double().numpy()
     probabilities = np.exp(probabilities - probabilities.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)

@@ -14,7 +14,8 @@ from tagi_ray import recipes
 from tagi_ray.errors import ConfigError
 from tagi_ray.recipes import yaml_source
 
-NEEDS = {"sni_small": ["data.path=tasks", "data.test_tasks_file=test_tasks.txt"]}
+SMALL = ("sni_small", "sni_small_decoder")
+NEEDS = {key: ["data.path=tasks", "data.test_tasks_file=test_tasks.txt"] for key in SMALL}
 FOLDER = Path(recipes.__file__).parent
 
 
@@ -88,6 +89,27 @@ def test_teachers_and_pretraining_have_the_values_of_table_6(name):
     assert (run.resources.zero_stage == 3) == (name in WITHOUT_TEACHERS)
 
 
+# Layers, heads of queries and of keys and values, features of a head and of the model.
+DECODERS = [
+    ("sni_llama_1b", "meta-llama/Llama-3.2-1B", "llama", (16, 32, 8, 64, 2048)),
+    ("sni_qwen_0_6b", "Qwen/Qwen3-0.6B", "qwen3", (28, 16, 8, 128, 1024)),
+    ("sni_mistral_7b", "mistralai/Mistral-7B-v0.3", "mistral", (32, 32, 8, 128, 4096)),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "family", "shape"), DECODERS)
+def test_decoder_only_recipes_differ_from_the_paper_in_what_the_family_asks_for(
+    name, path, family, shape
+):
+    run, paper = recipes.load(name), recipes.load("sni_t5_base")
+    one = run.backbone.architecture
+    assert one is not None
+    assert (run.backbone.path, one.family, run.fusion.kind) == (path, family, "kv_prefix")
+    assert (one.layers, one.heads, one.kv_heads, one.d_kv, one.d_model) == shape
+    assert run.lora == paper.lora.model_copy(update={"targets": ("q_proj", "v_proj")})
+    assert (run.data, run.teachers, run.finetune) == (paper.data, paper.teachers, paper.finetune)
+
+
 def test_p3_holds_out_the_eleven_tasks_of_t0():
     held_out = recipes.load("p3_t5_base").data.test_categories
     assert len(held_out) == 11
@@ -97,13 +119,13 @@ def test_p3_holds_out_the_eleven_tasks_of_t0():
 def test_demo_controls_asks_for_all_controls_and_seeds():
     demo, controls = recipes.load("demo"), recipes.load("demo_controls")
     assert controls.seeds == (0, 1, 2)
-    assert set(controls.variants) == {"tagi", "tagi_adapter_only", "tagi_fusion_only"}
+    assert set(controls.variants) == {"tagi", "adapter_only", "fusion_only"}
     assert {
         "metatrain",
-        "tagi_adapter_only",
-        "tagi_adapter_only_shuffled",
-        "tagi_fusion_only",
-        "tagi_fusion_only_shuffled",
+        "adapter_only",
+        "adapter_only_shuffled",
+        "fusion_only",
+        "fusion_only_shuffled",
     } <= set(controls.evaluation.systems)
     assert controls.finetune.optimizer == demo.finetune.optimizer
     assert controls.metatrain == demo.metatrain
@@ -166,8 +188,8 @@ def test_a_check_between_fields_says_nothing_of_a_field_that_is_wrong_itself(wri
 
 
 def test_the_command_line_is_blamed_for_the_conflict_it_makes():
-    (found,) = problems("demo", "evaluation.systems=[tagi_fusion_only]")
-    assert found.startswith("command line: evaluation.systems asks for 'tagi_fusion_only'")
+    (found,) = problems("demo", "evaluation.systems=[fusion_only]")
+    assert found.startswith("command line: evaluation.systems asks for 'fusion_only'")
 
 
 def test_a_known_field_in_the_wrong_section_is_pointed_out():

@@ -103,6 +103,21 @@ def test_report_shows_scores_curves_and_configuration(run):
     assert "note: &lt;b&gt;&amp;co&lt;/b&gt;" in page
 
 
+def test_ablation_has_a_row_a_change_and_a_command_for_each_variant(run):
+    variants = "variants: {tagi: {}, no_kl: {distillation: {lambda_kl: 0}}}"
+    systems = "evaluation: {systems: [base, tagi, no_kl]}"
+    (run / "config.yaml").write_text(f"name: my_run\n{variants}\n{systems}\n")
+    scores = json.loads((run / "scores.json").read_text())
+    scores["systems"]["no_kl"] = system(30.0, 51.5, seeds=(0, 1))
+    scores["systems"]["no_kl"]["seeds"][1]["exact_match"] = 27.0
+    (run / "scores.json").write_text(json.dumps(scores))
+    text = " ".join(" ".join(Checked(page_of(run)).words).split())
+    assert "tagi with distillation.lambda_kl=0." in text
+    assert "python jobs/finetune.py runs/my_run/config.yaml 'evaluation.systems=[no_kl]'" in text
+    # By seed: 30 - 40 and 27 - 41.
+    assert "30.0 ± 2.1 -12.0 ± 2.8" in text
+
+
 def test_report_needs_no_network(run):
     page = page_of(run)
     urls = set(re.findall(r"https?://[^\s\"'<>)]*", page))

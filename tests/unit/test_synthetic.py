@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tagi_ray.architecture import DEMO
+from tagi_ray.architecture import SHIPPED
 from tagi_ray.demo import word_tokenizer
 from tagi_ray.prompts import render_input, render_instruction
 from tagi_ray.sections import DataSettings
@@ -118,11 +118,11 @@ def test_no_prompt_or_answer_holds_a_word_unknown_to_the_shipped_tokenizer():
 
 
 def test_the_shipped_backbone_saw_no_held_out_composition_and_is_small():
-    seen = json.loads((DEMO / "tasks.json").read_text())["tasks"]
+    seen = json.loads((SHIPPED["demo"] / "tasks.json").read_text())["tasks"]
     assert seen
     assert {world().split[name] for name in seen} == {"train"}
-    files = {path.name: path.stat().st_size for path in DEMO.iterdir()}
+    files = {path.name: path.stat().st_size for path in SHIPPED["demo"].iterdir()}
     assert sum(files.values()) <= 8 * 2**20
     assert not [name for name in files if name.endswith((".bin", ".pt"))]
-    saved = json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"]
+    saved = json.loads((SHIPPED["demo"] / "tokenizer.json").read_text())["model"]["vocab"]
     assert saved == json.loads(word_tokenizer().to_str())["model"]["vocab"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tagi_ray import checkpoint, history, objectives, train_loop
-from tagi_ray.backbone import Backbone
 from tagi_ray.config import Experiment
+from tagi_ray.encoder_decoder import EncoderDecoder
 from tagi_ray.errors import AdapterError, CheckpointError, TrainingError
 from tagi_ray.report import read_records
 from tagi_ray.shards import read_manifest
@@ -187,14 +187,14 @@ def test_validation_without_teachers_runs_no_teacher(run: Path) -> None:
     spec = spec_of(run, taught=True, valid_every=8)
     write_random_teachers(spec.experiment, run)
     kinds: list[bool] = []
-    original = Backbone.logits
+    original = EncoderDecoder.logits
 
-    def counted(self: Backbone, *given: Any) -> torch.Tensor:
+    def counted(self: EncoderDecoder, *given: Any) -> torch.Tensor:
         kinds.append(torch.is_grad_enabled())
         return original(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "logits", counted)
+        patch.setattr(EncoderDecoder, "logits", counted)
         run_stage(spec, Worker())
     settings = spec.settings
     students = settings.steps * settings.groups // settings.micro_groups

@@ -1,6 +1,7 @@
 """Tokenizers: fitted, converted, and loaded with the light library."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from tagi_ray.sections import BackboneSettings, DataSettings
 from tagi_ray.shard_writer import write_shards
 from tagi_ray.vocabulary import TextTokenizer, prepare_tokenizer
 
-T5 = Path(__file__).parents[3] / "shared" / "data" / "models" / "t5_spiece"
+MODELS = Path(__file__).parents[3] / "shared" / "data" / "models"
+T5, STORIES = MODELS / "t5_spiece", MODELS / "stories260K" / "hf"
+GPT2 = MODELS / "gpt2_tokenizer"
+SPECIAL = {"pad": 0, "eos": 1, "start": 0, "begin": None, "ends_texts": True}
 
 TEXTS = [
     "Definition: Add the numbers.\n\nNow complete the following example -\nInput: 1  2.\nOutput: ",
@@ -61,7 +65,7 @@ def test_word_level_words_are_joined_by_spaces(tmp_path):
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3, "lamp": 4}, "<unk>"))
     words.pre_tokenizer = Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "special.json").write_text(json.dumps({"pad": 0, "eos": 1, "start": 0}))
+    (tmp_path / "special.json").write_text(json.dumps(SPECIAL))
     tokenizer = TextTokenizer(tmp_path)
     assert tokenizer.encode_batch(["red lamp"], 9) == [[3, 4, 1]]
     assert tokenizer.decode_batch([[3, 4, 1, 0]]) == ["red lamp"]
@@ -81,6 +85,45 @@ def test_t5_ids_equal_those_of_transformers(tmp_path):
     assert light.decode_batch([[sentinel, *rows[3]]]) == ["a"]
 
 
+def test_texts_of_a_decoder_only_model_go_on_and_targets_end(tmp_path):
+    prepare_tokenizer(BackboneSettings(path="demo"), tmp_path, tmp_path / "t", causal=True)
+    light = TextTokenizer(tmp_path / "t")
+    assert (light.ends_texts, light.begin_id) == (False, None)
+    (ended,) = light.encode_batch(["Input Output"], 9)
+    (open_,) = light.encode_batch(["Input Output"], 9, end=False)
+    assert ended == [*open_, light.eos_id]
+    assert len(open_) == light.lengths(["Input Output"])[0] == 2
+    # A cut text has all its tokens, and none without one is left.
+    rows, cut = light.encode_counted(["Input Output", "Input", ""], 1, end=False)
+    assert (rows, cut) == ([open_[:1], open_[:1], [light.eos_id]], [True, False, False])
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the stories tokenizer is not at ../shared")
+def test_a_begin_token_is_one_that_the_tokenizer_writes_itself(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    prepare_tokenizer(BackboneSettings(path=str(STORIES)), tmp_path, tmp_path / "t", causal=True)
+    light = TextTokenizer(tmp_path / "t")
+    heavy = transformers.AutoTokenizer.from_pretrained(str(STORIES))
+    assert (light.begin_id, light.eos_id) == (heavy.bos_token_id, heavy.eos_token_id)
+    text = "Once upon a time, there was a cat."
+    (ids,) = light.encode_batch([text], 99, end=False)
+    assert [light.begin_id, *ids] == heavy(text)["input_ids"]
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's tokenizer is not at ../shared")
+def test_gpt2_has_no_begin_and_no_padding_of_its_own(tmp_path):
+    shutil.copytree(GPT2, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')  # as a model has it
+    settings = BackboneSettings(path=str(tmp_path / "gpt2"))
+    prepare_tokenizer(settings, tmp_path, tmp_path / "t", causal=True)
+    light = TextTokenizer(tmp_path / "t")
+    assert light.size == 50257
+    assert (light.pad_id, light.eos_id, light.begin_id) == (50256, 50256, None)
+    rows = light.encode_batch(TEXTS, 1000)
+    assert rows[3] == [64, 50256]
+    assert light.decode_batch(rows) == TEXTS
+
+
 def test_what_cannot_be_prepared_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"backbone\.tokenizer=train"):
         prepare_tokenizer(BackboneSettings(path="random"), tmp_path, tmp_path / "t")
@@ -97,7 +140,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
 def test_a_file_that_is_missing_is_named(tmp_path, missing):
     tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "special.json").write_text(json.dumps({"pad": 0, "eos": 1, "start": 0}))
+    (tmp_path / "special.json").write_text(json.dumps(SPECIAL))
     assert TextTokenizer(tmp_path).size == 2
     (tmp_path / missing).unlink()
     with pytest.raises(DataError, match=rf"holds no {missing}; prepare the data first"):
