@@ -35,7 +35,8 @@ SEGMENT = 1024
 class Batch:
     """K groups of N instances, padded on the right to the longest text of each kind.
 
-    Texts end with the end token. A part that was not asked for has zero tokens.
+    Texts end with the end token, but for those that a decoder-only model goes on from. A part that
+    was not asked for has zero tokens.
     """
 
     instruction_ids_KI: Tensor
