@@ -64,9 +64,9 @@ DEMO: dict[str, Any] = {
 
 def rows(rounds: int) -> Iterator[Row]:
     """A finetune step with the teacher cached or left out, and what a cached one loses."""
-    name = f"L, lengths {PADDED}, {TASKS} tasks x {INSTANCES} instances"
-    yield from time_rows(name, SHAPES["L"], PADDED, rounds)
-    yield from memory_rows(name, SHAPES["L"], PADDED, min(rounds, 3))
+    name = f"lengths {PADDED}, {TASKS} tasks x {INSTANCES} instances"
+    yield from time_rows(f"M, {name}", SHAPES["M"], PADDED, rounds)
+    yield from memory_rows(f"L, {name}", SHAPES["L"], PADDED, min(rounds, 3))
     with tempfile.TemporaryDirectory() as folder:
         yield from error_rows(Taught.of_demo(Path(folder)), rounds)
 

@@ -9,10 +9,13 @@ import torch
 
 from tagi_ray import objectives
 from tagi_ray.batches import Batch
+from tagi_ray.instruction import FusedInstruction
+from tagi_ray.losses import cross_entropy
 from tagi_ray.method_sections import DistillationSettings
 from tagi_ray.model import TagiModel
-from tagi_ray.sections import ResourceSettings, StageSettings
+from tagi_ray.sections import Family, ResourceSettings, StageSettings
 from tagi_ray.zero import ZeroEngine
+from tests.decoders import FAMILIES, random_decoder
 from tests.models import fill, random_batch, random_model
 
 pytestmark = [
@@ -92,7 +95,7 @@ def zero_losses(resources: ResourceSettings, dtype: torch.dtype = torch.float32)
     settings = StageSettings.model_validate(
         {
             "steps": 3, "groups": 3, "micro_groups": 3, "instances": 3,
-            "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0},
+            "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_fraction": 0},
         }
     )  # fmt: skip
     rate = settings.optimizer.learning_rate
@@ -132,3 +135,29 @@ def test_steps_above_a_bfloat16_backbone_are_those_above_a_float32_one(stage: in
     exact, rounded = zero_losses(resources), zero_losses(resources, torch.bfloat16)
     assert rounded == pytest.approx(exact, rel=4 * BFLOAT16_LOSS)
     assert rounded != exact
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_continues_its_prefix_as_on_the_cpu(family: Family, dtype: torch.dtype):
+    batch, backbone = random_batch(tasks=3), random_decoder(family, torch.float32)
+    bank = fill(backbone.sites, 3).map(lambda factor: factor.requires_grad_())
+    found = []
+    for device, kind in ((torch.device("cpu"), torch.float32), (DEVICE, dtype)):
+        backbone.to(device, kind)
+        given = batch.to(device)
+        encoded = backbone.encode(given.instruction_ids_KI, given.instruction_mask_KI)
+        fused = FusedInstruction(encoded.mask_KI, prefix=encoded.prefix)
+        with backbone.bound(bank.to(device), fused):
+            logits = backbone.logits(
+                given.input_ids_KNS, given.input_mask_KNS, given.target_ids_KNT
+            )
+            loss = cross_entropy(logits, given.target_ids_KNT).sum()
+            loss.backward()
+        found.append(loss.item())
+    assert found[1] == pytest.approx(found[0], rel=20 * BFLOAT16_LOSS)
+    if dtype == torch.float32:
+        assert found[1] == pytest.approx(found[0], rel=FLOAT32_LOGITS)
+    assert all(
+        factor.grad is not None and factor.grad.isfinite().all() for factor in bank.a.values()
+    )
