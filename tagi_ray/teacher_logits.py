@@ -189,6 +189,7 @@ class _Actor:
     def __init__(
         self, experiment: Experiment, run_folder: Path, folder: Path, units: Sequence[Unit]
     ) -> None:
+        torch.set_num_threads(experiment.resources.cpus_per_worker)
         self._source = (experiment, run_folder)
         self._folder, self._units = folder, units
         self._reader: TeacherReader | None = None
@@ -210,7 +211,6 @@ class TeacherReader:
 
     def __init__(self, experiment: Experiment, run_folder: Path) -> None:
         resources, settings = experiment.resources, experiment.distillation
-        torch.set_num_threads(resources.cpus_per_worker)
         self._experiment = experiment
         self._shards = run_folder / "shards"
         tokenizer_folder = run_folder / "tokenizer"

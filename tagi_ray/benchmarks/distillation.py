@@ -324,5 +324,5 @@ def error_rows(taught: Taught, rounds: int) -> Iterator[Row]:
             for ours, other in zip(cached, live, strict=True)
         ]
         kls = [[kl for kl, _ in side] for side in (cached, live)]
-        yield row(f"{case}: KL; live as other", "nats", *kls)
+        yield row(f"{case}: L_kl; live as other", "nats", *kls)
         yield row(f"{case}: cosine of the gradients", "1", cosines, [1.0] * len(cosines))
