@@ -52,7 +52,8 @@ class Case:
     resources: Mapping[str, Any]
     backbone: Mapping[str, Any]
     micro_groups: int = 2
-    fusion: Mapping[str, Any] = field(default_factory=dict)
+    fusion: Mapping[str, Any] = field(default_factory=lambda: {"kind": "concat"})
+    """Cross-attention has a test of its own."""
 
 
 def experiment_of(folder: Path, case: Case, workers: int) -> Experiment:
@@ -96,12 +97,21 @@ def train(folder: Path, case: Case) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run, and its backbone as files."""
-    folder = tmp_path_factory.mktemp("sharded")
+    return prepared(tmp_path_factory.mktemp("sharded"), layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two blocks, which can share a module."""
+    return prepared(tmp_path_factory.mktemp("sharded"), layers=2)
+
+
+def prepared(folder: Path, layers: int) -> Path:
     random = tiny_experiment(folder, taught=True)
     assert random.backbone.architecture is not None
-    shape = random.backbone.architecture.model_copy(update={"layers": 2})
-    backbone_of_two = random.backbone.model_copy(update={"architecture": shape})
-    random = random.model_copy(update={"backbone": backbone_of_two})
+    shape = random.backbone.architecture.model_copy(update={"layers": layers})
+    backbone_of_layers = random.backbone.model_copy(update={"architecture": shape})
+    random = random.model_copy(update={"backbone": backbone_of_layers})
     run = tiny_run(random)
     backbone = load_backbone(random.backbone, random.lora, run / "tokenizer")
     backbone.model.save_pretrained(folder / "backbone")
@@ -145,7 +155,7 @@ def test_losses_do_not_depend_on_ranks_stage_or_offloading(folder: Path, kind: K
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_cross_attention_learns_the_same_on_all_ranks_and_stages(
-    folder: Path, shared: bool
+    folder_of_two: Path, shared: bool
 ) -> None:
     fusion = {"kind": "cross_attention+concat", "shared": shared, "low_rank": 4}
     settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -160,7 +170,7 @@ def test_cross_attention_learns_the_same_on_all_ranks_and_stages(
         Case(f"fusion {shared} {number}", "finetune", *one, fusion=fusion)
         for number, one in enumerate(settings)
     ]
-    found = results(folder, cases)
+    found = results(folder_of_two, cases)
     expected = found[cases[0].name, 1]
     learnt = {key: weight for key, weight in expected.items() if ".fusion." in key}
     assert len(learnt) == (6 + 2 if shared else 2 * 6)
