@@ -8,10 +8,11 @@ of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,8 @@ from tagi_ray.sections import DataSettings
 from tagi_ray.vocabulary import TextTokenizer
 
 IGNORED = -100
+READ: Mapping[str, Literal["prompt", "input"]] = {"full": "prompt", "input": "input"}
+"""Part of a batch that a model reads, by what settings call its prompt."""
 BLOCK = 64
 """Groups in one Ray Data block, about."""
 SEGMENT = 1024
@@ -69,6 +72,12 @@ class Batch:
             if one.name.endswith(("_K", "_KI", "_KNS", "_KNT", "_KNTC"))
         }
         return replace(self, **tensors)
+
+    def texts(self, part: Literal["prompt", "input"]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask, both [K, N, S], of what a model reads of each instance."""
+        if part == "prompt":
+            return self.prompt_ids_KNS, self.prompt_mask_KNS
+        return self.input_ids_KNS, self.input_mask_KNS
 
     def valid_tokens(self) -> Tensor:
         """Return the number of target tokens, a scalar tensor."""

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from tagi_ray.batches import text_batch
+from tagi_ray.batches import READ, text_batch
 from tagi_ray.config import Experiment
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.export import stack_adapters
-from tagi_ray.groups import Part, TextGroup
+from tagi_ray.groups import TextGroup
 from tagi_ray.instruction import FusedInstruction
 from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank
@@ -114,14 +114,10 @@ class Scorer:
     ) -> list[list[list[int]]]:
         """Return the ids that follow each prompt: K lists of N lists."""
         kind = self.experiment.oracle.prompt if plan.prompt == "oracle" else plan.prompt
-        part: Part = "prompt" if kind == "full" else "input"
+        part = READ[kind]
         settings = self.experiment.data
         batch = text_batch(groups, self.tokenizer, settings, (part,)).to(self._device)
-        ids_KNS, mask_KNS = (
-            (batch.prompt_ids_KNS, batch.prompt_mask_KNS)
-            if part == "prompt"
-            else (batch.input_ids_KNS, batch.input_mask_KNS)
-        )
+        ids_KNS, mask_KNS = batch.texts(part)
         backbone = self.model.backbone
         with backbone.bound(bank, fused):
             return backbone.decode_greedy(ids_KNS, mask_KNS, settings.max_target_tokens).tolist()

@@ -9,7 +9,7 @@ Axes: K tasks, N instances, T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tagi_ray.batches import Batch
+from tagi_ray.batches import READ, Batch
 from tagi_ray.groups import Part
 from tagi_ray.lora import LoraBank
 from tagi_ray.losses import (
@@ -31,9 +31,6 @@ from tagi_ray.method_sections import DistillationSettings
 from tagi_ray.model import TagiModel
 
 Totals = dict[str, Tensor]
-
-_PARTS: Mapping[str, Part] = {"full": "prompt", "input": "input"}
-"""Part of a batch that holds what is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,7 @@ def teacher(bank: LoraBank, prompt: Literal["full", "input"]) -> Objective:
 
     def loss(model: TagiModel, batch: Batch, totals: Totals, scope: ExitStack) -> LossParts:
         scope.enter_context(model.backbone.bound(bank.take(batch.slots_K)))
-        ids, mask = _prompt(batch, prompt)
+        ids, mask = batch.texts(READ[prompt])
         logits = model.backbone.logits(ids, mask, batch.target_ids_KNT)
         sums = cross_entropy(logits, batch.target_ids_KNT)
         means = sums / totals["target_tokens"][batch.slots_K]
@@ -94,7 +91,7 @@ def teacher(bank: LoraBank, prompt: Literal["full", "input"]) -> Objective:
         value = means.sum()
         return LossParts(value, {"cross_entropy": value.detach() / trained})
 
-    return Objective((_PARTS[prompt],), denominators, loss)
+    return Objective((READ[prompt],), denominators, loss)
 
 
 def finetune(
@@ -111,11 +108,11 @@ def finetune(
     validation, whose tasks have none. cached_entries: those of the vocabulary that the cached
     teacher's distributions are over (None: all).
     """
-    tuned, student = settings.checkpoint is not None, _PARTS[settings.student_prompt]
+    tuned, student = settings.checkpoint is not None, READ[settings.student_prompt]
     use_kl = settings.lambda_kl > 0 and (tuned or teachers is not None)
     reads: list[Part] = ["instruction", student]
     if use_kl:
-        live = _PARTS["full" if tuned else teacher_prompt]
+        live = READ["full" if tuned else teacher_prompt]
         reads.append("teacher" if settings.logits == "cached" else live)
 
     def denominators(batch: Batch) -> Totals:
@@ -139,7 +136,7 @@ def finetune(
             kl_from = _teacher(settings, model, batch, taught_bank, teacher_prompt, cached_entries)
         bank = model.generate_bank(encoded)
         scope.enter_context(model.backbone.bound(bank, model.fused(encoded)))
-        ids, mask = _prompt(batch, settings.student_prompt)
+        ids, mask = batch.texts(student)
         logits = model.backbone.logits(ids, mask, batch.target_ids_KNT)
         predicted = cross_entropy(logits, batch.target_ids_KNT).sum() / totals["target_tokens"]
         value, parts = predicted, {"cross_entropy": predicted}
@@ -184,7 +181,7 @@ def _teacher(
         assert reader is not None
         if reader is model.backbone:
             bound.enter_context(reader.bound(bank))
-        ids, mask = _prompt(batch, "full" if settings.checkpoint else prompt)
+        ids, mask = batch.texts(READ["full" if settings.checkpoint else prompt])
         teacher_logits = reader.logits(ids, mask, targets_KNT)
     return lambda logits: distillation_kl(teacher_logits, logits, targets_KNT, *scale)
 
@@ -199,9 +196,3 @@ def _lambda_ins(difference_K: Tensor, settings: DistillationSettings) -> Tensor:
         return torch.full_like(difference_K, settings.lambda_ins)
     weight = torch.sigmoid(difference_K)
     return weight if settings.sigmoid_gradient else weight.detach()
-
-
-def _prompt(batch: Batch, kind: Literal["full", "input"]) -> tuple[Tensor, Tensor]:
-    if kind == "full":
-        return batch.prompt_ids_KNS, batch.prompt_mask_KNS
-    return batch.input_ids_KNS, batch.input_mask_KNS

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 import torch
 
 from tagi_ray import errors
-from tagi_ray.batches import IGNORED, Batch, text_batch
+from tagi_ray.batches import IGNORED, READ, Batch, text_batch
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError, TagiError
 from tagi_ray.families import load_backbone
-from tagi_ray.groups import Part, TextGroup, taught_definition, teacher_file
+from tagi_ray.groups import TextGroup, taught_definition, teacher_file
 from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank
 from tagi_ray.losses import log_probabilities
@@ -219,7 +219,7 @@ class TeacherReader:
         self._device = torch.device("cuda" if resources.gpus_per_worker else "cpu")
         self._bank: LoraBank | None = None
         self._slots: dict[str, int] = {}
-        self._part: Part = "prompt"
+        self._part: Literal["prompt", "input"] = "prompt"
         if settings.checkpoint is not None:
             backbone = load_tuned_teacher(settings, experiment.backbone, tokenizer_folder)
         else:
@@ -233,7 +233,7 @@ class TeacherReader:
                 experiment,
             )
             self._bank = bank.to(self._device)
-            self._part = "prompt" if experiment.teachers.prompt == "full" else "input"
+            self._part = READ[experiment.teachers.prompt]
         self._backbone = backbone.to(self._device)
 
     def write(self, unit: Unit, folder: Path) -> None:
@@ -289,11 +289,7 @@ class TeacherReader:
 
     def _top(self, batch: Batch, task: str) -> Any:
         """Return `values` and `indices`, both [P, C], of groups of one text of the same task."""
-        ids, mask = (
-            (batch.prompt_ids_KNS, batch.prompt_mask_KNS)
-            if self._part == "prompt"
-            else (batch.input_ids_KNS, batch.input_mask_KNS)
-        )
+        ids, mask = batch.texts(self._part)
         # All texts are of one task: as its N instances they share the task's adapter.
         ids_1NS, mask_1NS = ids.transpose(0, 1), mask.transpose(0, 1)
         targets_1NT = batch.target_ids_KNT.transpose(0, 1)
