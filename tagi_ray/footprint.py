@@ -76,9 +76,9 @@ def meta_model(experiment: Experiment, kind: Kind) -> TagiModel:
     roles: dict[str, ModelKind] = {"teachers": "teacher", "metatrain": "metatrain"}
     with META:
         model = assemble(experiment, backbone, roles.get(kind, "hypernetwork"), 0).to(META)
-    if kind == "finetune" and distillation.checkpoint and distillation.logits == "live":
+    if kind == "finetune" and distillation.reads_checkpoint:
         teacher = BackboneSettings(
-            path=distillation.checkpoint, revision=distillation.checkpoint_revision
+            path=str(distillation.checkpoint), revision=distillation.checkpoint_revision
         )
         model.teacher = _meta_backbone(teacher, (), settings.dtype)
     return model

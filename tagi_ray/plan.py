@@ -152,26 +152,36 @@ def _lengths(experiment: Experiment, kind: Kind) -> Lengths:
     if kind == "pretrain":  # of several texts, each part may be the longest of its kind
         limit = experiment.pretrain.max_tokens
         return Lengths(limit, limit, 0, limit)
-    reads_prompt = kind == "metatrain" or experiment.teachers.prompt == "full"
-    prompt = data.max_prompt_tokens if reads_prompt else 0
+    prompt = data.max_prompt_tokens if "full" in _read(experiment, kind) else 0
     return Lengths(
         data.max_instruction_tokens, data.max_input_tokens, prompt, data.max_target_tokens
     )
 
 
+def _read(experiment: Experiment, kind: Kind) -> set[str]:
+    """Return which texts of its instances a stage reads: `full` prompts, `input`s alone."""
+    teachers, distillation = experiment.teachers, experiment.distillation
+    if kind == "metatrain":
+        return {"full"}
+    if kind == "teachers":
+        return {teachers.prompt}
+    read: set[str] = {distillation.student_prompt}
+    if distillation.reads_checkpoint:
+        read.add("full")
+    elif teachers.enabled and distillation.lambda_kl > 0 and distillation.logits == "live":
+        read.add(teachers.prompt)
+    return read
+
+
 def _tokens(experiment: Experiment, kind: Kind) -> int:
     """Return the tokens that an optimiser step reads, at most."""
-    settings, lengths = experiment.stages()[kind], _lengths(experiment, kind)
+    settings, data = experiment.stages()[kind], experiment.data
     if kind == "pretrain":
         return settings.groups * experiment.pretrain.max_tokens
-    rows = settings.groups * settings.instances
-    if kind == "finetune":
-        taught = experiment.teachers.enabled and experiment.distillation.lambda_kl > 0
-        prompt = lengths.prompt if taught else 0
-        return settings.groups * lengths.instruction + rows * (
-            lengths.source + prompt + lengths.target
-        )
-    return rows * ((lengths.prompt or lengths.source) + lengths.target)
+    longest = {"full": data.max_prompt_tokens, "input": data.max_input_tokens}
+    texts = sum(longest[text] for text in _read(experiment, kind)) + data.max_target_tokens
+    instruction = data.max_instruction_tokens if kind == "finetune" else 0
+    return settings.groups * (instruction + settings.instances * texts)
 
 
 def _stage(
@@ -208,6 +218,10 @@ def _inputs(experiment: Experiment, backbone: int) -> tuple[Input, ...]:
         found.append(_input("backbone.path", settings.path, settings.revision, size))
     if settings.tokenizer and settings.tokenizer not in KEYWORDS:
         found.append(_input("backbone.tokenizer", settings.tokenizer))
+    distillation = experiment.distillation
+    if distillation.checkpoint:
+        field, revision = "distillation.checkpoint", distillation.checkpoint_revision
+        found.append(_input(field, distillation.checkpoint, revision))
     if data.source != "synthetic" and data.path:
         source = _input("data.path", data.path, data.revision)
         found.append(replace(source, kind="hub") if data.source == "hub" else _local(source))

@@ -140,6 +140,25 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(st
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.timeout(600)
+def test_one_command_with_cached_logits_reads_no_prompt_and_scores(storage):
+    """Teachers, their logits by Ray Data, finetuning from them, scores, adapters."""
+    cached = ["distillation.logits=cached", "distillation.top_k=8", "evaluation.systems=[tagi]"]
+    done = _job("finetune", storage, "name=cached", *cached)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = storage / "cached"
+    records = {name: read_records(storage / name / "metrics.jsonl") for name in ("tiny", "cached")}
+    last = {n: [r for r in rs if r["stage"] == "finetune_tagi"][-1] for n, rs in records.items()}
+    assert last["cached"]["kl"] > 0
+    # The same groups in the same order: only the teacher's part differs, by the tokens left out.
+    assert last["cached"]["cross_entropy"] == pytest.approx(last["tiny"]["cross_entropy"], rel=0.02)
+    assert set(json.loads((run / "scores.json").read_text())["systems"]) == {"tagi"}
+    assert len([path for path in (run / "adapters").iterdir() if path.is_dir()]) == 20
+    again = _job("finetune", storage, "name=cached", *cached)
+    assert again.returncode == 0, again.stderr
+    assert read_records(run / "metrics.jsonl") == records["cached"]
+
+
 def test_generate_writes_an_adapter_for_an_instruction_and_for_each_line(storage, tmp_path):
     one = _job(
         "generate", storage, "--instruction", "Take every tool .", f"--output={tmp_path}/one"

@@ -293,6 +293,32 @@ def test_tokens_and_downloads_of_the_base_recipe():
     assert "data.path=natural-instructions/tasks: is NOT there" in as_text(made)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "texts"),
+    [
+        ([], 1024 + 512),
+        (["distillation.logits=cached"], 512),
+        (["distillation.lambda_kl=0"], 512),
+        (["teachers.prompt=input"], 512),
+        (["distillation.student_prompt=full"], 1024),
+        (["teachers.enabled=false"], 512),
+    ],
+)
+def test_only_the_texts_that_finetuning_reads_are_counted(overrides, texts):
+    made = planned("sni_t5_base", "data.max_input_tokens=512", *overrides)
+    assert made.stage("finetune").tokens == 16 * (1024 + texts + 128)
+
+
+def test_a_tuned_teacher_is_listed_and_held_only_while_it_reads_batches():
+    teacher = "distillation.checkpoint=demo"
+    live = planned("demo", teacher, "distillation.logits=live").stage("finetune")
+    cached = planned("demo", teacher, "distillation.logits=cached")
+    assert live.at(0).weights - cached.stage("finetune").at(0).weights > 3e6
+    named = planned("demo", "distillation.checkpoint=owner/model", "distillation.logits=cached")
+    listed = {one.field: one for one in named.inputs}
+    assert listed["distillation.checkpoint"].kind == "hub"
+
+
 def test_what_is_there_is_not_fetched(tmp_path):
     made = planned("sni_small", f"data.path={tmp_path}")
     assert next(one for one in made.inputs if one.field == "data.path").kind == "local"
