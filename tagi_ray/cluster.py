@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError
@@ -36,19 +36,19 @@ _COUNTED = ("CPU", "GPU")
 logger = logging.getLogger(__name__)
 
 
-def connect(experiment: Experiment) -> None:
+def connect(experiment: Experiment, side_by_side: int | Literal["auto"] = 1) -> int:
     """Connect to the cluster that RAY_ADDRESS names, as `ray job` does, or start a local one.
 
-    Raises ConfigError if it does not let this process in, or can never have the CPUs and GPUs that
-    are asked for.
+    side_by_side: runs of these settings at a time; `auto`, as many as fit, is returned as a number.
+    Raises ConfigError if the cluster does not let this process in, or can never have the CPUs and
+    GPUs that are asked for.
     """
     import ray
     import ray.data
     import torch
 
     if ray.is_initialized():
-        check_capacity(experiment, _nodes())
-        return
+        return _checked_runs(experiment, side_by_side)
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
             handler.setLevel(logging.ERROR)  # its plans and progress are in its own log file
@@ -63,13 +63,15 @@ def connect(experiment: Experiment) -> None:
             ray.init(**quiet)
         except (RuntimeError, ConnectionError) as error:
             raise _refused(address, str(error)) from error
-        check_capacity(experiment, _nodes())
+        side_by_side = _checked_runs(experiment, side_by_side)
     else:
-        each = experiment.resources.cpus_per_worker
-        logical = {
-            "CPU": max(count * each for count in _processes(experiment).values()) + SPARE_CPUS,
-            "GPU": torch.cuda.device_count(),
-        }
+        each, gpus = experiment.resources.cpus_per_worker, torch.cuda.device_count()
+        if side_by_side == "auto":
+            here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
+            side_by_side = max(1, _room(per_worker(experiment.resources), [(here, 1)])
+                               // experiment.resources.workers)  # fmt: skip
+        processes = max(_processes(experiment).values())
+        logical = {"CPU": side_by_side * (processes * each + SPARE_CPUS), "GPU": gpus}
         check_capacity(experiment, [(logical, 1)])
         ray.init(
             address="local",  # never join a cluster of someone else on this machine
@@ -80,6 +82,41 @@ def connect(experiment: Experiment) -> None:
             **quiet,
         )
     logger.info("Ray's logs: %s", ray_logs())
+    return side_by_side
+
+
+def _checked_runs(experiment: Experiment, side_by_side: int | Literal["auto"]) -> int:
+    """Check that runs of these settings fit the cluster, and return how many at a time."""
+    import ray
+
+    nodes = _nodes()
+    check_capacity(experiment, nodes)
+    if side_by_side != "auto":
+        return side_by_side
+    # Where nobody knows what the autoscaler may start, what is there now has to do.
+    now = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    return runs_that_fit(experiment, now if nodes is None else nodes)
+
+
+def runs_that_fit(experiment: Experiment, nodes: Sequence[tuple[Mapping[str, float], int]]) -> int:
+    """Return how many runs have room side by side, each with a CPU for reading data; at least 1.
+
+    nodes: what a node of each kind has, and how many of them there can be.
+    """
+    resources = experiment.resources
+    each, workers = per_worker(resources), resources.workers
+    cpus = sum(node.get("CPU", 0) * count for node, count in nodes)
+    fit = min(_room(each, nodes) // workers, int(cpus // (workers * each["CPU"] + 1)))
+    return max(1, fit)
+
+
+def _room(each: Mapping[str, float], nodes: Sequence[tuple[Mapping[str, float], int]]) -> int:
+    """Return how many processes fit that need so much `each`."""
+    return sum(
+        # Of a GPU there are five fifths, though 1 // 0.2 is 4.
+        count * int(min(node.get(name, 0) / need for name, need in each.items()) + 1e-6)
+        for node, count in nodes
+    )
 
 
 def per_worker(resources: ResourceSettings) -> dict[str, float]:
@@ -159,10 +196,7 @@ def check_capacity(
         return
     each = per_worker(experiment.resources)
     total = {name: sum(node.get(name, 0) * count for node, count in nodes) for name in _COUNTED}
-    room = sum(
-        count * int(min(node.get(name, 0) // need for name, need in each.items()))
-        for node, count in nodes
-    )
+    room = _room(each, nodes)
     problems: list[str] = []
     for setting, count in _processes(experiment).items():
         spare = 1 if setting == "resources.workers" else 0

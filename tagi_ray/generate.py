@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tagi_ray import telemetry
 from tagi_ray.config import Experiment
 from tagi_ray.errors import DataError
 from tagi_ray.evaluate import Scorer, load_weights
@@ -131,4 +132,5 @@ def _generate(
                 instruction=memory,
                 **(fusion if memory is not None else {}),
             )
+            telemetry.count("adapters_generated", run=experiment.name)
             yield output / task.name

@@ -14,6 +14,7 @@ from tagi_ray import errors, history, tracking
 from tagi_ray.cluster import Room, per_worker, ray_logs
 from tagi_ray.config import Experiment
 from tagi_ray.errors import TagiError, TrainingError
+from tagi_ray.json_files import write_whole
 from tagi_ray.progress import shown
 from tagi_ray.stages import StageSpec, fingerprint
 from tagi_ray.zero import sum_over_ranks
@@ -26,19 +27,22 @@ _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # fills the dashboard's page of training runs
 }
 
 logger = logging.getLogger(__name__)
 
 
 def fit(
-    specs: StageSpec | Sequence[StageSpec], say: Callable[[str], None] = lambda line: None
+    specs: StageSpec | Sequence[StageSpec],
+    say: Callable[[str], None] = lambda line: None,
+    seen: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> None:
     """Train stages one after another on one group of workers; those that are done are skipped.
 
     Starting workers takes longer than a short stage: give what can be trained together at once.
-    `say` gets a line for each record of the metrics. Raises TrainingError with the first failed
-    worker's own words; an error of this project keeps its type.
+    `say` gets a line for each record of the metrics, `seen` the record. Raises TrainingError with
+    the first failed worker's own words; an error of this project keeps its type.
     """
     specs = [specs] if isinstance(specs, StageSpec) else list(specs)
     specs = [spec for spec in specs if not history.is_done(spec, fingerprint(spec))]
@@ -59,7 +63,7 @@ def fit(
     # Ray's own call blocks, and this thread has something to show meanwhile.
     thread = threading.Thread(target=train, daemon=True, name="fit")
     room = Room(specs[0].experiment.resources)
-    with shown(specs, say) as show:
+    with shown(specs, say, seen) as show:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -73,20 +77,49 @@ def fit(
         raise _explained(failure[0], run_folder) from failure[0]
 
 
+def release(run_folder: Path) -> None:
+    """Take from a run's workers what they hold, after the process that called `fit` was ended.
+
+    They end with it. Ray Train does the same when it learns of the end, which takes it a while, and
+    on a machine with several clusters for ever.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    path = _held_by(run_folder)
+    if path.exists():
+        group = PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text("utf-8"))))
+        if placement_group_table(group).get("state", "REMOVED") != "REMOVED":
+            remove_placement_group(group)
+
+
+def _held_by(run_folder: Path) -> Path:
+    """Return the file in which workers say what they hold."""
+    return run_folder / "logs" / "placement_group"
+
+
 def run_remotely(experiment: Experiment, function: Callable[..., Any], *arguments: object) -> Any:
     """Run a function in the cluster with the resources of one worker, and return its result.
 
     An error of this project keeps its type.
     """
     import ray
-    from ray.exceptions import RayTaskError
 
     resources = experiment.resources
     task = ray.remote(function).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker
     )
+    return answer(task.remote(*arguments))
+
+
+def answer(reference: Any) -> Any:
+    """Return what a task or an actor gives; an error of this project keeps its type."""
+    import ray
+    from ray.exceptions import RayTaskError
+
     try:
-        return ray.get(task.remote(*arguments))
+        return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, TagiError):
             raise error.cause from error
@@ -99,6 +132,7 @@ def train_on_worker(config: Mapping[str, Any]) -> None:
 
     import ray.train
     import ray.train.torch
+    import ray.util
     import torch
 
     from tagi_ray.batches import iterate_batches
@@ -107,6 +141,9 @@ def train_on_worker(config: Mapping[str, Any]) -> None:
     specs: Sequence[StageSpec] = config["specs"]
     torch.set_num_threads(specs[0].experiment.resources.cpus_per_worker)
     context = ray.train.get_context()
+    group = ray.util.get_current_placement_group()
+    if group is not None and context.get_world_rank() == 0:
+        write_whole(_held_by(specs[0].run_folder), group.id.hex())
     worker = Worker(
         rank=context.get_world_rank(),
         world=context.get_world_size(),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tagi_ray import checkpoint, corpus, recipes
+from tagi_ray import checkpoint, corpus, recipes, telemetry
 from tagi_ray.architecture import identify, is_causal
 from tagi_ray.cluster import connect
 from tagi_ray.config import Experiment
@@ -58,13 +58,13 @@ FREE_TO_CHANGE = frozenset({"storage", "resources", "loggers", "evaluation"})
 
 def prepare_data(experiment: Experiment, say: Say = print) -> Path:
     """Write the shards and the tokenizer of a run, unless they are there."""
-    _, run = _begin(experiment, say)
+    _, run = begin(experiment, say)
     return run / "shards"
 
 
 def train_teachers(experiment: Experiment, say: Say = print) -> Path:
     """Train the teachers of the training tasks that have none yet."""
-    experiment, run = _begin(experiment, say)
+    experiment, run = begin(experiment, say)
     _train(experiment, run, ["train"], [], say)
     return run / FOLDERS["train"]
 
@@ -76,7 +76,7 @@ def pretrain(experiment: Experiment, say: Say = print) -> Path:
             "pretrain.enabled=false: finetuning would not start from what is pretrained: set"
             " pretrain.enabled=true, and pretrain.path to raw text"
         ])  # fmt: skip
-    experiment, run = _begin(experiment, say)
+    experiment, run = begin(experiment, say)
     specs = _hypernetworks(experiment, run, "pretrain")
     fit(specs, say)
     return specs[0].checkpoints
@@ -84,7 +84,7 @@ def pretrain(experiment: Experiment, say: Say = print) -> Path:
 
 def finetune(experiment: Experiment, say: Say = print) -> Path:
     """Train all that a run compares, score it on the held-out tasks, export their adapters."""
-    experiment, run = _begin(experiment, say)
+    experiment, run = begin(experiment, say)
     systems = experiment.evaluation.systems
     roles: list[Role] = []
     if experiment.teachers.enabled:
@@ -232,7 +232,7 @@ def _differences(was: Any, now: Any, where: tuple[str, ...] = ()) -> list[str]:
     return [] if was == now else [f"  {'.'.join(where)}: was {was}, is {now}"]
 
 
-def _begin(experiment: Experiment, say: Say) -> tuple[Experiment, Path]:
+def begin(experiment: Experiment, say: Say) -> tuple[Experiment, Path]:
     """Open a run, connect to the cluster, and write the run's shards and tokenizer.
 
     What is wrong with the inputs is raised before the cluster is asked for anything.
@@ -314,6 +314,7 @@ def _train(
         names = teacher_names(manifest, role, per)
         if finished(folder).keys() >= set(names):
             say(f"teachers: all {len(names)} are in {folder}")
+            telemetry.count_up_to("teachers_done", len(names), run=experiment.name, role=role)
         else:
             specs[role] = StageSpec(experiment, kind, run, experiment.seeds[0], slots=names)
     fit([*specs.values(), *more], say)
@@ -333,6 +334,7 @@ def _train(
             manifest=manifest,
         )
         say(f"teachers: {len(spec.slots)} written to {run / FOLDERS[role]}")
+        telemetry.count_up_to("teachers_done", len(spec.slots), run=experiment.name, role=role)
 
 
 def trained_weights(experiment: Experiment, run: Path, stage: str, seed: int) -> Path:

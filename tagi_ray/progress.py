@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tagi_ray import history, tracking
+from tagi_ray import history, telemetry, tracking
 from tagi_ray.report import read_records
 from tagi_ray.stages import StageSpec
 
@@ -20,19 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def shown(specs: Sequence[StageSpec], say: Say) -> Iterator[Callable[[], None]]:
+def shown(
+    specs: Sequence[StageSpec], say: Say, seen: Callable[[Record], None] = lambda record: None
+) -> Iterator[Callable[[], None]]:
     """Give a function that shows what is new of stages that are trained one after another.
 
-    Each record of metrics.jsonl becomes a line for `say`; where `say` is print on a terminal, bars
-    move instead, and a stage leaves its last line. Warnings of loggers are logged.
+    Each record of metrics.jsonl goes to `seen` and becomes a line for `say`; where `say` is print on a terminal, bars
+    move instead, and a stage leaves its last line. Warnings of loggers are logged. Prometheus sees
+    the newest record for as long as this is called.
     """
     run_folder = specs[0].run_folder
     news, warnings = News(run_folder / history.METRICS), tracking.Warnings(run_folder)
-    remaining = TimeLeft(specs)
+    remaining, stage = TimeLeft(specs), telemetry.Stage(specs[0].experiment.name)
 
     def show(tell: Callable[[Record, float | None], None]) -> None:
         for record in news.read():
+            seen(record)
             tell(record, remaining.after(record))
+            stage.take(record)
+        stage.show()
         for warning in warnings.read():
             logger.warning("%s", warning)
 

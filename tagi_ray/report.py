@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,15 +15,12 @@ from tagi_ray.config import Experiment, control_of
 from tagi_ray.errors import ConfigError
 from tagi_ray.json_files import write_whole
 from tagi_ray.metrics import METRICS
+from tagi_ray.plots import COLOURS, INK, SOFT, inline_svg, new_figure, rendered_page, scale_losses
 from tagi_ray.systems import BASELINES, SYSTEM, plan_of
 
 TITLES = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 CURVES = ("loss", "cross_entropy", "kl", "alignment")
 SHOWN_TASKS = 8
-COLOURS = ("#2f7f79", "#d08a3c", "#6a7fc1", "#b8668f")
-# Matplotlib can't write CSS variables: these stand for them, so that plots follow the page's theme.
-THEME = {"#010203": "currentColor", "#040506": "var(--line)", "#070809": "var(--soft)"}
-INK, LINE, SOFT = THEME
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +29,10 @@ Record = dict[str, Any]
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` from what the run's folder holds; what is missing is left out."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = Path(__file__).with_name("report_template.html").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     scores = _read_scores(run_folder / "scores.json")
     config = run_folder / "config.yaml"
-    page = environment.from_string(template).render(
+    page = rendered_page(
+        "report_template.html",
         name=run_folder.resolve().name,
         config=config.read_text("utf-8") if config.is_file() else "",
         curves=_curves(read_records(run_folder / "metrics.jsonl")),
@@ -59,18 +49,20 @@ def scores_table(scores: Mapping[str, Any]) -> str:
     head = f"{'system':<26} {'exact match':>14} {'ROUGE-L':>14} {'tasks':>6} {'instances':>10}"
     lines = [head, "-" * len(head)]
     for name, row in scores["systems"].items():
-        exact, rouge = (_with_spread(row, metric) for metric in METRICS)
+        exact, rouge = (with_spread(row, metric) for metric in METRICS)
         lines.append(
             f"{name:<26} {exact:>14} {rouge:>14} {row['n_tasks']:>6} {row['n_instances']:>10}"
         )
     return "\n".join(lines)
 
 
-def _with_spread(row: Mapping[str, Any], metric: str) -> str:
-    return f"{row[metric]:.1f}{_spread([seed[metric] for seed in row['seeds']])}"
+def with_spread(row: Mapping[str, Any], metric: str) -> str:
+    """Return a metric of a system, with its standard deviation over several seeds."""
+    return f"{row[metric]:.1f}{spread([seed[metric] for seed in row['seeds']])}"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Return the standard deviation after its sign; nothing of a single value."""
     return f" ± {stdev(values):.1f}" if len(values) > 1 else ""
 
 
@@ -155,8 +147,8 @@ def _ablation(rows: Mapping[str, Any], experiment: Experiment | None) -> list[di
                 for seed in rows[name]["seeds"]
                 if seed["seed"] in reference
             ]
-            change = f"{mean(apart):+.1f}{_spread(apart)}" if apart and name != SYSTEM else ""
-            told["scores"] += [_with_spread(rows[name], metric), change]
+            change = f"{mean(apart):+.1f}{spread(apart)}" if apart and name != SYSTEM else ""
+            told["scores"] += [with_spread(rows[name], metric), change]
         table.append(told)
     return table
 
@@ -220,7 +212,7 @@ def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _loss_plot(stage: str, histories: Sequence[Sequence[Record]]) -> Any:
-    figure, axes = _figure(4.4, 2.8)
+    figure, axes = new_figure(4.4, 2.8)
     shown: list[float] = []
     names = [name for name in CURVES if any(_number(r, name) for h in histories for r in h)]
     for place, name in enumerate([*names, "valid_loss"]):
@@ -234,23 +226,9 @@ def _loss_plot(stage: str, histories: Sequence[Sequence[Record]]) -> Any:
                 style = {"color": INK, "linestyle": "none", "marker": "o", "markersize": 4}
             label = name.replace("_", " ") if seed == 0 else None
             axes.plot(*zip(*points, strict=True), alpha=0.85, label=label, **style)
-    _scale_losses(axes, shown)
+    scale_losses(axes, shown)
     axes.set_xlabel("step", fontsize=8, color=SOFT)
-    return _svg(figure, stage)
-
-
-def _scale_losses(axes: Any, values: Sequence[float]) -> None:
-    """Logarithmic where losses differ by much, with plain numbers at its ticks."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    if low <= 0 or high < 3 * low:
-        return
-    axes.set_yscale("log")
-    # Of 1, 2 and 5 one at least falls between values that differ threefold.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return inline_svg(figure, stage)
 
 
 def _number(record: Record, name: str) -> bool:
@@ -260,7 +238,7 @@ def _number(record: Record, name: str) -> bool:
 
 def _comparison(rows: Mapping[str, Any]) -> Any:
     """Bars of exact match and ROUGE-L for each system, with a dot for each seed."""
-    figure, axes = _figure(5.8, 0.9 + 0.45 * len(rows))
+    figure, axes = new_figure(5.8, 0.9 + 0.45 * len(rows))
     for offset, metric, colour in zip((-0.19, 0.19), METRICS, COLOURS, strict=False):
         places = [place + offset for place in range(len(rows))]
         values = [row[metric] for row in rows.values()]
@@ -276,42 +254,4 @@ def _comparison(rows: Mapping[str, Any]) -> Any:
     axes.set_xlim(0, 108)
     axes.set_xlabel("%", fontsize=8, color=SOFT)
     axes.grid(axis="y", visible=False)
-    return _svg(figure, "comparison")
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.grid(color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=SOFT, labelcolor=SOFT, labelsize=8, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any, name: str) -> Any:
-    """Inline SVG of a figure, in the page's colours and without any reference to the network."""
-    import matplotlib
-    from markupsafe import Markup
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(
-            loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=INK,
-            handlelength=1.2, columnspacing=1.2,
-        )  # fmt: skip
-    target = StringIO()
-    # The salt keeps ids of different plots of one page apart, and the same plot's ids the same.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
-    text = target.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for placeholder, variable in THEME.items():
-        text = text.replace(placeholder, variable)
-    return Markup(text)  # matplotlib escapes the names in it
+    return inline_svg(figure, "comparison")

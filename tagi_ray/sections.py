@@ -310,7 +310,8 @@ class ResourceSettings(Section):
 
     workers: Count = 1
     cpus_per_worker: Count = 1
-    gpus_per_worker: CountOrZero = 0
+    gpus_per_worker: NonNegative = 0
+    """Whole GPUs, or of one worker alone a share of one: several runs of a sweep then share it."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards over the workers: 1 the optimiser's state, 2 the gradients too, 3 also
     all weights, those of the frozen backbone included."""
@@ -320,6 +321,20 @@ class ResourceSettings(Section):
     """Keep the sharded weights in CPU memory (stage 3)."""
     max_failures: CountOrZero = 0
     """Worker failures after which a stage is given up."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ResourceSettings:
+        gpus = self.gpus_per_worker
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"resources.gpus_per_worker={gpus:g}: a worker has whole GPUs, or a share of one"
+            )
+        if 0 < gpus < 1 and self.workers > 1:
+            raise ValueError(
+                f"resources.gpus_per_worker={gpus:g} with resources.workers={self.workers}: two"
+                " workers of a run cannot share a GPU (NCCL): set resources.workers=1"
+            )
+        return self
 
 
 SYSTEMS = (

@@ -6,9 +6,10 @@ from tagi_ray.recipes.command_line import (
     lasting,
     run_job,
 )
-from tagi_ray.recipes.resolve import dump, json_schema, load, names
+from tagi_ray.recipes.resolve import changed, dump, json_schema, load, names
 
 __all__ = [
+    "changed",
     "configure_logging",
     "dump",
     "from_command_line",

@@ -24,10 +24,12 @@ def from_command_line(
     doc: str | None,
     argv: Sequence[str] | None = None,
     extra: Callable[[argparse.ArgumentParser], None] | None = None,
+    more: Callable[[Experiment, argparse.Namespace], str] | None = None,
 ) -> tuple[Experiment, argparse.Namespace]:
     """Return the settings that the command line asks for, and its other arguments.
 
-    With `--dry-run` the settings are printed and the process ends. `extra` adds options.
+    With `--dry-run` the settings are printed, and what `more` returns of them, and the process
+    ends. `extra` adds options.
     """
     parser = argparse.ArgumentParser(
         description=doc,
@@ -49,7 +51,7 @@ def from_command_line(
     arguments = parser.parse_intermixed_args(argv)
     experiment = load(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
-        sys.stdout.write(dump(experiment))
+        sys.stdout.write(dump(experiment) + (f"---\n{more(experiment, arguments)}" if more else ""))
         raise SystemExit(0)
     return experiment, arguments
 

@@ -35,10 +35,15 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
     tree.add_recipe(name_or_path)
     for override in overrides:
         tree.add_override(override)
-    experiment, problems = validate(tree.values, tree.places, complete=tree.readable)
-    if tree.problems or experiment is None:
-        raise ConfigError([*tree.problems, *problems])
-    return experiment
+    return tree.checked()
+
+
+def changed(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return the settings of a run with some changed, as `load` does; raises ConfigError too."""
+    tree = _Tree(experiment.model_dump(mode="json"))
+    for override in overrides:
+        tree.add_override(override)
+    return tree.checked()
 
 
 def dump(experiment: Experiment) -> str:
@@ -97,6 +102,12 @@ class _Tree:
             self.places[()] = f"{shown}:1"
         if opened:
             self.values.setdefault("name", opened[0].stem)
+
+    def checked(self) -> Experiment:
+        experiment, problems = validate(self.values, self.places, Experiment, self.readable)
+        if self.problems or experiment is None:
+            raise ConfigError([*self.problems, *problems])
+        return experiment
 
     def add_override(self, override: str) -> None:
         dotted, equals, text = override.partition("=")

@@ -1,4 +1,4 @@
-"""Merged settings checked against the settings tree; every problem told in one line with its place.
+"""Merged settings checked against a tree of sections; every problem told in one line with its place.
 
 A problem names the field, its value and what it should be. Checks between fields can only run where
 each field is right by itself, so wrong fields are taken out and the rest is checked once more.
@@ -11,13 +11,12 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, cast, get_args
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tagi_ray.config import Experiment
 from tagi_ray.recipes.yaml_source import Keys
 
 COMMAND_LINE = "command line"
@@ -30,10 +29,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+Tree = TypeVar("Tree", bound=BaseModel)
+
+
 def validate(
-    values: dict[str, Any], places: dict[Keys, str], complete: bool = True
-) -> tuple[Experiment | None, list[str]]:
-    """Return the experiment, or None and all problems.
+    values: dict[str, Any], places: dict[Keys, str], tree: type[Tree], complete: bool = True
+) -> tuple[Tree | None, list[str]]:
+    """Return the values as a `tree` of sections, which has a name, or None and all problems.
 
     `places` says where each value was written. Settings that are not `complete`, because a file
     could not be read, are checked field by field only.
@@ -46,12 +48,12 @@ def validate(
         try:
             # JSON mode is strict about types (no bool for a number) and takes a list for a tuple.
             document = json.dumps(_whole_numbers(remaining))
-            experiment = Experiment.model_validate_json(document, strict=True)
-            return (None if problems else experiment), list(problems)
+            checked = tree.model_validate_json(document, strict=True)
+            return (None if problems else checked), list(problems)
         except ValidationError as error:
             found = _by_field(error, remaining)
         for keys, errors in found.items():
-            for place, problem in _problems(keys, errors, remaining, places):
+            for place, problem in _problems(keys, errors, remaining, places, tree):
                 between_fields = isinstance(_at(remaining, keys), dict) and _is_check(errors[0])
                 if between_fields and (not complete or _mentions(problem, removed)):
                     continue
@@ -119,7 +121,11 @@ def _mentions(problem: str, removed: list[Keys]) -> bool:
 
 
 def _problems(
-    keys: Keys, errors: list[ErrorDetails], values: dict[str, Any], places: dict[Keys, str]
+    keys: Keys,
+    errors: list[ErrorDetails],
+    values: dict[str, Any],
+    places: dict[Keys, str],
+    tree: type[BaseModel],
 ) -> Iterator[tuple[str, str]]:
     first = errors[0]
     value = _at(values, keys)
@@ -132,9 +138,9 @@ def _problems(
             else:
                 yield place, f"{dotted}: {line}"
     elif first["type"] == "extra_forbidden":
-        yield place, _unknown(keys)
+        yield place, _unknown(keys, tree)
     elif first["type"] in ("model_type", "model_attributes_type"):
-        listed = ", ".join(_fields(keys))
+        listed = ", ".join(_fields(keys, tree))
         yield place, f"{dotted}={_show(value)} should be a section with fields among: {listed}"
     else:
         wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
@@ -166,28 +172,37 @@ def _place(keys: Keys, places: dict[Keys, str]) -> str:
 
 def _place_of_mention(problem: str, places: dict[Keys, str]) -> str | None:
     """Return where the first field named by a problem was set; the command line goes first."""
-    mentioned = [tuple(name.split(".")) for name in _FIELD_NAME.findall(problem)]
-    found = [places[name] for name in mentioned if len(name) > 1 and name in places]
+    spelled = {".".join(map(str, keys)): place for keys, place in places.items()}
+    first = _FIELD_NAME.match(problem)
+    # A name without a dot may be a word like any other, unless the problem begins with it.
+    found = [
+        spelled[name]
+        for name in _FIELD_NAME.findall(problem)
+        if name in spelled and ("." in name or (first and name == first.group()))
+    ]
     return COMMAND_LINE if COMMAND_LINE in found else next(iter(found), None)
 
 
-def _fields(keys: Keys) -> list[str]:
-    section: type[BaseModel] = Experiment
+def _fields(keys: Keys, tree: type[BaseModel]) -> list[str]:
+    section, named = tree, False
     for key in keys:
-        if info := section.model_fields.get(str(key)):  # else a name that the user has given
-            below = _section_of(info)
-            assert below is not None
-            section = below
+        if named:  # by the user: a variant
+            named = False
+            continue
+        info = section.model_fields[str(key)]
+        below = _section_of(info)
+        assert below is not None
+        section, named = below, get_origin(info.annotation) is dict
     return list(section.model_fields)
 
 
-def _unknown(keys: Keys) -> str:
+def _unknown(keys: Keys, tree: type[BaseModel]) -> str:
     *section, last = (str(key) for key in keys)
-    known = _fields(tuple(section))
-    where = ".".join(section) or "a recipe"
+    known = _fields(tuple(section), tree)
+    where = ".".join(section) or f"a {tree.__name__.lower().replace('experiment', 'recipe')}"
     hint = did_you_mean(last, known)
     if not hint:
-        same = [name for name in _all_fields(Experiment) if name.split(".")[-1] == last]
+        same = [name for name in _all_fields(tree) if name.split(".")[-1] == last]
         near = [name for name in same if name.split(".")[0] in section] or same
         hint = f" Did you mean {near[0]!r}?" if len(near) == 1 else ""
     return f"{last!r} is not a field of {where}.{hint or ' Its fields: ' + ', '.join(known)}"

@@ -7,6 +7,7 @@ Nothing but mappings, lists and plain scalars is built, so a file cannot run cod
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -54,8 +55,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        # YAML folds these line breaks into spaces unless they stand escaped in double quotes.
-        style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+        # YAML folds these line breaks into spaces, and takes two lines for the first, unless they
+        # stand escaped in double quotes.
+        style = '"' if any(mark in data for mark in "\n\x85\u2028\u2029") else None
         return yaml.ScalarNode("tag:yaml.org,2002:str", data, style=style)
 
 
@@ -88,6 +90,19 @@ def parse(text: str) -> Parsed:
     except RecursionError:
         parsed.problems.append((1, "not a recipe: nested too deeply"))
     return parsed
+
+
+def inline(value: Any) -> str:
+    """Write a value on one line, as the command line takes it: `[q, v]`, `0.5`, `null`."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=math.inf,
+    )
+    return text.removesuffix("...\n").strip()
 
 
 def dump(value: Any) -> str:

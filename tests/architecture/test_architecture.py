@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "tagi_ray").rglob("*.py"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-LIGHT = ["errors", "config", "recipes", "tasks", "prompts", "synthetic"]
+LIGHT = ["errors", "config", "recipes", "tasks", "prompts", "synthetic", "trials"]
 HEAVY = {"torch", "ray", "transformers", "pyarrow", "datasets", "peft", "deepspeed", "tokenizers"}
 
 

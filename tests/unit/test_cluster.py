@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tagi_ray.cluster import SPARE_CPUS, check_capacity, connect
+from tagi_ray.cluster import SPARE_CPUS, check_capacity, connect, runs_that_fit
 from tagi_ray.config import Experiment
 from tagi_ray.errors import ConfigError
 from tests.tiny_run import tiny_experiment
@@ -16,7 +17,7 @@ from tests.tiny_run import tiny_experiment
 FOUR = [({"CPU": 4.0}, 1)]
 
 
-def sized(tmp_path: Path, actors: int, **resources: int) -> Experiment:
+def sized(tmp_path: Path, actors: int, **resources: float) -> Experiment:
     experiment = tiny_experiment(tmp_path)
     return experiment.model_copy(
         update={
@@ -73,7 +74,46 @@ def test_a_worker_has_to_fit_on_one_node(tmp_path: Path) -> None:
     assert "at most 8 CPUs and 0 GPUs on 2 nodes: not even one fits" in problem
 
 
-def started(monkeypatch: pytest.MonkeyPatch, experiment: Experiment) -> dict[str, object]:
+ONE_GPU = [({"CPU": 16, "GPU": 1}, 1)]
+MANY = {
+    "a laptop": (FOUR, {}, 2),
+    "two workers on a laptop": (FOUR, {"workers": 2}, 1),
+    "as many as there are, less their readers": ([({"CPU": 8}, 1)], {}, 4),
+    "a run that barely fits": ([({"CPU": 2}, 1)], {}, 1),
+    "no room, which is told elsewhere": ([({"CPU": 1}, 1)], {"workers": 4}, 1),
+    "a head without CPUs": ([({"CPU": 0}, 1), ({"CPU": 4}, 2)], {}, 4),
+    "a GPU each": ([({"CPU": 32, "GPU": 8}, 2)], {"gpus_per_worker": 1}, 16),
+    "two GPUs each": ([({"CPU": 32, "GPU": 8}, 2)], {"workers": 2, "gpus_per_worker": 1}, 8),
+    "CPUs that run out first": ([({"CPU": 8, "GPU": 8}, 1)], {"gpus_per_worker": 1}, 4),
+    "odd GPUs of nodes": ([({"CPU": 32, "GPU": 3}, 2)], {"gpus_per_worker": 2}, 2),
+    "GPUs beside nodes without": (
+        [({"CPU": 64}, 4), ({"CPU": 8, "GPU": 1}, 3)],
+        {"gpus_per_worker": 1},
+        3,
+    ),
+    "half a GPU each": (ONE_GPU, {"gpus_per_worker": 0.5}, 2),
+    "a fifth of a GPU each": (ONE_GPU, {"gpus_per_worker": 0.2}, 5),
+    "a tenth of a GPU each, and CPUs": (ONE_GPU, {"gpus_per_worker": 0.1}, 8),
+    "more than half of a GPU each": ([({"CPU": 16, "GPU": 4}, 1)], {"gpus_per_worker": 0.6}, 6),
+}
+
+
+@pytest.mark.parametrize("where", MANY)
+def test_runs_that_fit_side_by_side(tmp_path: Path, where: str) -> None:
+    nodes, resources, count = MANY[where]
+    experiment = sized(tmp_path, 1, **resources)
+    assert runs_that_fit(experiment, nodes) == count
+
+
+def test_processes_share_a_gpu_without_a_rest(tmp_path: Path) -> None:
+    check_capacity(sized(tmp_path, 5, gpus_per_worker=0.2), ONE_GPU)
+    (problem,) = refusal(sized(tmp_path, 6, gpus_per_worker=0.2), ONE_GPU)
+    assert "set evaluation.actors=5, or" in problem
+
+
+def started(
+    monkeypatch: pytest.MonkeyPatch, experiment: Experiment, *side_by_side: Any, gpus: int = 0
+) -> dict[str, object]:
     """What a local Ray is started with, which is not done."""
     asked: dict[str, object] = {}
 
@@ -87,9 +127,10 @@ def started(monkeypatch: pytest.MonkeyPatch, experiment: Experiment) -> dict[str
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", start)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
     with pytest.raises(Started):
-        connect(experiment)
+        connect(experiment, *side_by_side)
     return asked
 
 
@@ -98,6 +139,26 @@ def test_a_local_cluster_has_room_for_every_actor(
 ) -> None:
     asked = started(monkeypatch, sized(tmp_path, 5, cpus_per_worker=2))
     assert asked["num_cpus"] == 10 + SPARE_CPUS
+
+
+def test_a_local_cluster_has_room_for_runs_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = sized(tmp_path, 1, workers=2)
+    assert started(monkeypatch, two, 3)["num_cpus"] == 3 * (2 + SPARE_CPUS)
+    # Eight CPUs have room for four runs of two workers.
+    assert started(monkeypatch, two, "auto")["num_cpus"] == 4 * (2 + SPARE_CPUS)
+    large = sized(tmp_path, 1, workers=2, cpus_per_worker=6)
+    assert started(monkeypatch, large, "auto")["num_cpus"] == 12 + SPARE_CPUS
+
+
+def test_runs_on_this_machine_share_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = sized(tmp_path, 1, gpus_per_worker=0.5)
+    asked = started(monkeypatch, half, "auto", gpus=2)
+    assert asked["num_gpus"] == 2
+    assert asked["num_cpus"] == 4 * (1 + SPARE_CPUS)
 
 
 def test_a_local_cluster_without_the_gpus_is_refused_before_it_starts(

@@ -33,6 +33,28 @@ def test_groups_have_to_fit_workers_and_micro_groups():
     assert experiment(resources={"workers": 2}).resources.workers == 2
 
 
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"gpus_per_worker": 1.5}, r"gpus_per_worker=1\.5: a worker has whole GPUs, or a share"),
+        (
+            {"gpus_per_worker": 0.5, "workers": 2},
+            r"gpus_per_worker=0\.5 with resources\.workers=2: .* set resources\.workers=1",
+        ),
+        ({"gpus_per_worker": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_a_gpu_is_shared_by_runs_and_not_by_the_workers_of_one(resources, message):
+    with pytest.raises(ValidationError, match=message):
+        experiment(resources=resources)
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (0.25, 1), (1, 2), (2.0, 1), (8, 1)])
+def test_whole_gpus_and_a_share_of_one_are_welcome(gpus, workers):
+    run = experiment(resources={"gpus_per_worker": gpus, "workers": workers})
+    assert run.resources.gpus_per_worker == gpus
+
+
 def test_several_conflicts_are_told_together():
     with pytest.raises(ValidationError) as caught:
         Experiment.model_validate(

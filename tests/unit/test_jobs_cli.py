@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
 RECIPE_JOBS = [
     "prepare_data.py", "train_teachers.py", "pretrain.py", "finetune.py", "evaluate.py",
-    "generate.py",
+    "generate.py", "sweep.py",
 ]  # fmt: skip
 
 
@@ -73,6 +73,35 @@ def test_wrong_settings_are_sentences_and_exit_code_2():
         "command line: 'rnak' is not a field of lora. Did you mean 'rank'?",
         "Failed (exit code 2): see above.",
     ]
+
+
+def test_dry_run_of_a_sweep_shows_the_space_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("search: tpe\nspace:\n  lora.rank: [4, 8]\n")
+    done = run("jobs/sweep.py", "demo", "--dry-run", "--space", str(tmp_path / "mine.yaml"))
+    assert done.returncode == 0, done.stderr
+    settings, space = done.stdout.split("---\n")
+    assert settings.startswith("name: demo\n")
+    assert space.startswith("name: mine\nsearch: tpe\ntrials: 20\n")
+    assert space.endswith("space:\n  lora.rank:\n    choice:\n    - 4\n    - 8\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_wrong_space_is_a_sentence_before_anything_is_started(tmp_path, more):
+    (tmp_path / "mine.yaml").write_text("space:\n  lora.rank: [4, 0]\n")
+    mine = ["--space", str(tmp_path / "mine.yaml"), f"storage={tmp_path / 'runs'}"]
+    done = run("jobs/sweep.py", "demo", *mine, *more)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"Failed (exit code 2): {tmp_path}/mine.yaml:2: space: lora.rank=0 should be greater than"
+        " 0.\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_of_a_sweep_lists_the_spaces():
+    assert "one of adapter_size, fusion, lambda1_rank" in " ".join(
+        run("jobs/sweep.py", "--help").stdout.split()
+    )
 
 
 def test_generate_needs_an_instruction():

@@ -217,6 +217,37 @@ def test_missing_file_and_text_that_is_not_yaml(write):
     assert "cannot be read as UTF-8" in problems(tmp)[0]
 
 
+def test_a_field_of_a_variant_without_the_variants_name():
+    (found,) = problems("demo", "variants={tagi: {}, fusion: 5}")
+    assert found == (
+        "command line: variants.fusion=5 should be a section with fields among: hypernetwork,"
+        " fusion, distillation, pretrain"
+    )
+
+
+def test_settings_of_a_run_changed():
+    variants = "variants={tagi: {}, other: {fusion: {kind: concat}}}"
+    run = recipes.load("demo", ["lora.targets=[q, v]", variants])
+    assert recipes.changed(run, []) == run
+    changed = recipes.changed(run, ["lora.rank=4", "lora.targets=[k]", "lora.rank=1e1"])
+    assert changed.lora == run.lora.model_copy(update={"rank": 10, "targets": ("k",)})
+    assert changed.model_copy(update={"lora": run.lora}) == run
+    assert changed == recipes.load("demo", ["lora.rank=10", "lora.targets=[k]", variants])
+
+
+def test_changes_of_a_run_are_refused_as_overrides_are():
+    run = recipes.load("demo")
+    with pytest.raises(ConfigError) as caught:
+        recipes.changed(run, ["lora.rank=0", "lora.rnak=1", "lora", "finetune.groups=7"])
+    assert sorted(caught.value.problems) == [
+        "command line: 'lora' is not section.field=value",
+        "command line: 'rnak' is not a field of lora. Did you mean 'rank'?",
+        "command line: finetune.groups=7 is not a multiple of finetune.micro_groups=4 x"
+        " resources.workers=2",
+        "command line: lora.rank=0 should be greater than 0.",
+    ]
+
+
 def test_deltas_on_deltas(write):
     write("base: demo\nname: other\nlora: {rank: 4, alpha: 8}\n", "first.yaml")
     experiment = recipes.load(write("base: first\nlora: {rank: 2}\n"))
@@ -312,6 +343,37 @@ def test_what_is_dumped_is_read_back(values):
     assert not parsed.problems
     assert parsed.value == values
     assert repr(parsed.value) == repr(values)  # 1 is not True, nor 1.0
+
+
+@given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text("ab"), inner)))
+@example("one\x85two\u2028three\u2029four")
+@example("a" * 200 + " b" * 100)
+@example("...")
+@example("one\n\n two\n")
+@example(["one\ntwo"])
+def test_a_value_on_one_line_is_read_back(value):
+    text = yaml_source.inline(value)
+    assert "\n" not in text
+    parsed = yaml_source.parse(text)
+    assert not parsed.problems
+    assert repr(parsed.value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["q", "v"], "[q, v]"),
+        (0.5, "0.5"),
+        (None, "null"),
+        (True, "true"),
+        ("sigmoid", "sigmoid"),
+        ("5", "'5'"),
+        ("", "''"),
+        ({"a": [1, {"b": 2}]}, "{a: [1, {b: 2}]}"),
+    ],
+)
+def test_a_value_on_one_line(value, text):
+    assert yaml_source.inline(value) == text
 
 
 def test_not_a_number_is_dumped_too():
