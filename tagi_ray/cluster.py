@@ -73,6 +73,10 @@ def connect(experiment: Experiment, side_by_side: int | Literal["auto"] = 1) -> 
         processes = max(_processes(experiment).values())
         logical = {"CPU": side_by_side * (processes * each + SPARE_CPUS), "GPU": gpus}
         check_capacity(experiment, [(logical, 1)])
+        if side_by_side > 1:
+            # Ray expects as many processes as there are cores, and would warn of those of a sweep.
+            name, count = "RAY_worker_maximum_startup_concurrency", str(int(logical["CPU"]))
+            os.environ.setdefault(name, count)
         ray.init(
             address="local",  # never join a cluster of someone else on this machine
             num_cpus=logical["CPU"],

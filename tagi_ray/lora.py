@@ -50,8 +50,8 @@ class LoraBank(NamedTuple):
     """Site name -> [K, R, D_in]."""
     b: Mapping[str, Tensor]
     """Site name -> [K, D_out, R]."""
-    scaling: float
-    """alpha / R."""
+    scaling: float | Tensor
+    """alpha / R; [K, 1, 1] where the slots differ in it."""
 
     @property
     def slots(self) -> int:
@@ -73,7 +73,12 @@ class LoraBank(NamedTuple):
 
     def take(self, slots: Tensor) -> LoraBank:
         """Return the bank of the given slots, in their order. slots: [K'] indices."""
-        return self.map(lambda factor: factor.index_select(0, slots.to(factor.device)))
+
+        def taken(factor: Tensor) -> Tensor:
+            return factor.index_select(0, slots.to(factor.device))
+
+        scaling = taken(self.scaling) if isinstance(self.scaling, Tensor) else self.scaling
+        return self.map(taken)._replace(scaling=scaling)
 
     def detach(self) -> LoraBank:
         """Return the bank without its gradient history."""
@@ -184,8 +189,10 @@ class _Adapted(nn.Module):
         if input.shape[0] % a.shape[0]:
             raise ValueError(f"{input.shape[0]} rows do not divide among {a.shape[0]} tasks")
         rows = input.reshape(a.shape[0], -1, input.shape[-1])
-        update = torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b.transpose(1, 2))
-        return output + (bank.scaling * update).view_as(output)
+        # Scaled where it is narrow, and added in the product: two passes over the output less.
+        narrow = (bank.scaling * torch.bmm(rows, a.transpose(1, 2))).to(rows.dtype)
+        wide = output.reshape(a.shape[0], -1, output.shape[-1])
+        return torch.baddbmm(wide, narrow, b.transpose(1, 2)).view_as(output)
 
 
 class LoraLinear(_Adapted, nn.Linear):

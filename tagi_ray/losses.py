@@ -161,10 +161,10 @@ def _sum_by_task(values_P: Tensor, valid_KNT: Tensor) -> Tensor:
 def _delta_w_difference(
     a: Tensor,
     b: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     a_teacher: Tensor,
     b_teacher: Tensor,
-    scaling_teacher: float,
+    scaling_teacher: float | Tensor,
 ) -> Tensor:
     """‖s b a - s' b' a'‖² / (D_out D_in): rank 2R factors [b, b'] and [s a; -s' a'] once each."""
     rows = torch.cat([scaling * a, -scaling_teacher * a_teacher], 1)
@@ -178,10 +178,10 @@ def _delta_w_difference(
 def _factor_difference(
     a: Tensor,
     b: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     a_teacher: Tensor,
     b_teacher: Tensor,
-    scaling_teacher: float,
+    scaling_teacher: float | Tensor,
 ) -> Tensor:
     squares_a = (scaling**0.5 * a - scaling_teacher**0.5 * a_teacher).square().sum((1, 2))
     squares_b = (scaling**0.5 * b - scaling_teacher**0.5 * b_teacher).square().sum((1, 2))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from tagi_ray.sections import OptimizerSettings
 
@@ -56,7 +57,8 @@ class SlotAdamW:
     """AdamW over tensors whose first axis counts slots, each slot with a schedule of its own.
 
     Equal to K separate `torch.optim.AdamW`, each after `clip_grad_norm_` over its own slot. A slot
-    that is not active in a step keeps its factors, moments and step.
+    that is not active in a step, or whose gradient is not finite, keeps its factors, moments and
+    step.
     """
 
     def __init__(
@@ -96,46 +98,33 @@ class SlotAdamW:
 
         active_K: [K] bool. Returns the gradient norm of each slot before clipping, [K].
         """
-        active = active_K.nonzero().flatten()
-        device = next(iter(self.tensors.values())).device
-        squares = [
-            t.grad.flatten(1).square().sum(1) for t in self.tensors.values() if t.grad is not None
-        ]
-        norms_K = torch.stack(squares).sum(0).sqrt()
-        if not len(active):
-            self.zero_grad()
-            return norms_K
-        chosen = active.tolist()
+        names = [name for name, tensor in self.tensors.items() if tensor.grad is not None]
+        gradients = [self._gradient(name) for name in names]
+        norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+        norms_K = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        excess_K = ((norms_K + 1e-6) / self.settings.clip_norm).clamp(min=1.0).float()
         rates = self.rates_K()
-        for slot in chosen:
+        moving_K = active_K.to(norms_K.device) & norms_K.isfinite()
+        for slot in moving_K.nonzero().flatten().tolist():
             self.steps_K[slot] += 1
-
-        def per_slot(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device)
-
-        steps, rates_A = [self.steps_K[k] for k in chosen], [rates[k] for k in chosen]
-        beta1, beta2 = BETAS
-        decay = per_slot([1 - rate * self.settings.weight_decay for rate in rates_A])
-        size = per_slot([r / (1 - beta1**s) for r, s in zip(rates_A, steps, strict=True)])
-        root = per_slot([(1 - beta2**s) ** 0.5 for s in steps])
-        index = active.to(device)
-        clip = (self.settings.clip_norm / (norms_K[index] + 1e-6)).clamp(max=1.0)
-        for name, tensor in self.tensors.items():
-            if tensor.grad is None:
-                continue
-
-            def wide(values: Tensor, like: Tensor = tensor) -> Tensor:
-                return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-            gradient = tensor.grad[index] * wide(clip)
-            first = self.exp_avg[name][index].lerp_(gradient, 1 - beta1)
-            second = self.exp_avg_sq[name][index].mul_(beta2)
-            second.addcmul_(gradient, gradient, value=1 - beta2)
-            denominator = second.sqrt().div_(wide(root)).add_(EPSILON)
-            value = tensor[index] * wide(decay) - wide(size) * first / denominator
-            tensor.index_copy_(0, index, value)
-            self.exp_avg[name].index_copy_(0, index, first)
-            self.exp_avg_sq[name].index_copy_(0, index, second)
+            done = [torch.full((), self.steps_K[slot] - 1.0, device=norms_K.device) for _ in names]
+            adamw(
+                [self.tensors[name][slot] for name in names],
+                [gradient[slot] for gradient in gradients],
+                [self.exp_avg[name][slot] for name in names],
+                [self.exp_avg_sq[name][slot] for name in names],
+                [],
+                done,
+                fused=True,
+                grad_scale=excess_K[slot],
+                lr=rates[slot],
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=self.settings.weight_decay,
+                eps=EPSILON,
+                amsgrad=False,
+                maximize=False,
+            )
         self.zero_grad()
         return norms_K
 
@@ -159,6 +148,31 @@ class SlotAdamW:
         for kind, tensors in self._kinds().items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[f"{kind}.{name}"])
+
+    def slot_state(self, slot: int) -> dict[str, Tensor]:
+        """Return what `state` returns of one slot."""
+        state = {"step": torch.tensor(self.steps_K[slot])}
+        for kind, tensors in self._kinds().items():
+            for name, tensor in tensors.items():
+                state[f"{kind}.{name}"] = tensor[slot].detach().cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def assign(self, slot: int, total_steps: int, state: Mapping[str, Tensor]) -> None:
+        """Give a slot to another schedule: of a state without moments a new one, at step 0.
+
+        state: as `slot_state` returned it, of this or another optimiser.
+        """
+        self.total_steps_K[slot] = total_steps
+        self.steps_K[slot] = int(state.get("step", 0))
+        for kind, tensors in self._kinds().items():
+            for name, tensor in tensors.items():
+                tensor[slot].copy_(state.get(f"{kind}.{name}", torch.zeros(())))
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self.tensors[name].grad
+        assert gradient is not None
+        return gradient
 
     def _kinds(self) -> dict[str, dict[str, Tensor]]:
         return {"model": self.tensors, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

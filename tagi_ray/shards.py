@@ -192,9 +192,14 @@ def read_tasks_of(folder: Path, split: Split) -> Iterator[ShardTask]:
     """Yield each task of a split with its instances, in the order of the names."""
     index = read_manifest(folder).splits[split]
     for name in index.tasks:
-        buckets: list[ShardTask] = []
-        for bucket in index.of_task(name):
-            file = pq.ParquetFile(folder / index.files[index.file[bucket]])
-            group = file.read_row_group(int(index.row_group[bucket]))
-            buckets.append(row_bucket(group.slice(int(index.row[bucket]), 1).to_pylist()[0]))
-        yield ShardTask(buckets[0].task, tuple(i for b in buckets for i in b.instances))
+        yield read_task(folder, index, name)
+
+
+def read_task(folder: Path, index: SplitIndex, name: str) -> ShardTask:
+    """Return a task of a split with all its instances there, in their order."""
+    buckets: list[ShardTask] = []
+    for bucket in index.of_task(name):
+        file = pq.ParquetFile(folder / index.files[index.file[bucket]])
+        group = file.read_row_group(int(index.row_group[bucket]))
+        buckets.append(row_bucket(group.slice(int(index.row[bucket]), 1).to_pylist()[0]))
+    return ShardTask(buckets[0].task, tuple(i for b in buckets for i in b.instances))

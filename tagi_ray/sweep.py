@@ -93,7 +93,7 @@ def sweep(experiment: Experiment, space: Space, say: Say = print) -> Path:
         ]) from error  # fmt: skip
     try:
         concurrent = connect(base, space.concurrent)
-        _try_all(base, space, folder, concurrent, say)
+        try_all(base, space, folder, concurrent, say)
         return _conclude(base, experiment, space, folder, say)
     finally:
         lock.release()
@@ -161,7 +161,7 @@ def _check_validation(base: Experiment, folder: Path, space: Space, maker: Any) 
         ])  # fmt: skip
 
 
-def _try_all(base: Experiment, space: Space, folder: Path, concurrent: int, say: Say) -> None:
+def try_all(base: Experiment, space: Space, folder: Path, concurrent: int, say: Say) -> None:
     """Run the trials that are left."""
     rows = read_trials(folder / TRIALS) if (folder / TRIALS).exists() else []
     known = [row for row in rows if row.status in ENDED]

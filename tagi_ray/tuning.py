@@ -256,6 +256,7 @@ class Board(tune.Callback):
         self._rows: list[TrialRow] = []
         self._looked, self._told = 0.0, (0.0, 0)
         self._leaving: dict[str, tuple[float, int | None]] = {}
+        self._ends: dict[str, str] = {}
 
     def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
         """Called between two events of a sweep."""
@@ -266,15 +267,20 @@ class Board(tune.Callback):
         self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any
     ) -> None:
         """Called when a trial has ended, by itself or early."""
-        self._leave(trials, trial)
+        self._leave(trials, trial, "TERMINATED")
 
     def on_trial_error(
         self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any
     ) -> None:
         """Called when a trial has failed for good."""
-        self._leave(trials, trial)
+        self._leave(trials, trial, "ERROR")
 
-    def _leave(self, trials: Sequence[Any], trial: Any) -> None:
+    def on_experiment_end(self, trials: Sequence[Any], **info: Any) -> None:
+        """Called once, when Ray Tune is through."""
+        self._look(trials)
+
+    def _leave(self, trials: Sequence[Any], trial: Any, status: str) -> None:
+        self._ends[trial.trial_id] = status  # Ray Tune itself notes it a little later
         pid = (trial.last_result or {}).get("pid")
         self._look(trials)
         self._leaving[self._number(trial)[1]] = (time.monotonic(), pid)
@@ -286,7 +292,10 @@ class Board(tune.Callback):
             if (pid and not runs(pid)) or self._looked - since > LEAVE_SECONDS:
                 release(self._folder / "trials" / name)
                 del self._leaving[name]
-        now = [row_of(*self._number(trial), trial, self._steps) for trial in trials]
+        now = [
+            row_of(*self._number(one), one, self._steps, self._ends.get(one.trial_id))
+            for one in trials
+        ]
         rows = sorted([*self._before, *now], key=lambda row: row.number)
         if rows == self._rows:
             return
@@ -311,14 +320,18 @@ class Board(tune.Callback):
         return self._numbers[trial.trial_id]
 
 
-def row_of(number: int, key: str, trial: Any, steps: int) -> TrialRow:
-    """Return what Ray Tune knows of a trial; one that only its own end has ended waits."""
+def row_of(number: int, key: str, trial: Any, steps: int, end: str | None = None) -> TrialRow:
+    """Return what Ray Tune knows of a trial; one that only Ray Tune's own end has ended waits.
+
+    end: its status where it has just ended, and Ray Tune has not noted it yet.
+    """
+    now = end or trial.status
     result: Mapping[str, Any] = trial.last_result or {}
     step, statuses = result.get("step", 0), {"RUNNING": "running", "ERROR": "failed"}
-    status: Any = statuses.get(trial.status, "waiting")
-    if trial.status == "TERMINATED" and step == result.get("steps", steps):
+    status: Any = statuses.get(now, "waiting")
+    if now == "TERMINATED" and step == result.get("steps", steps):
         status = "done"
-    elif trial.status == "TERMINATED" and result.get("done"):
+    elif now == "TERMINATED" and (end or result.get("done")):
         status = "stopped"
     return TrialRow(
         number=number,
@@ -328,7 +341,7 @@ def row_of(number: int, key: str, trial: Any, steps: int) -> TrialRow:
         valid_loss=result.get("valid_loss"),
         adapter_parameters=result.get("adapter_parameters"),
         seconds=round(result.get("time_total_s", 0.0), 1),
-        attempts=trial.num_failures + (trial.status != "ERROR"),
+        attempts=trial.num_failures + (now != "ERROR"),
         changes=dict(point_of(trial.config)),
         error="" if status in ENDED else _last_words(trial.error_file),
     )

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from tagi_ray.benchmarks import distillation, generation, ingest, memory, ray_overhead, train_step
+from tagi_ray.benchmarks import (
+    distillation,
+    generation,
+    ingest,
+    memory,
+    ray_overhead,
+    sweep,
+    teachers,
+    train_step,
+)
 from tagi_ray.benchmarks.measure import ROUNDS, Row, machine, table
 
 __all__ = ["BENCHMARKS", "run", "summaries", "table"]
@@ -23,6 +32,8 @@ BENCHMARKS: dict[str, Callable[[int], Iterator[Row]]] = {
     "ingest": ingest.rows,
     "memory": memory.rows,
     "distillation": distillation.rows,
+    "sweep": sweep.rows,
+    "teachers": teachers.rows,
 }
 """By the name that `jobs/benchmark.py` takes; the docstring's first line is its summary."""
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tagi_ray.benchmarks import ingest, memory, ray_overhead
+from tagi_ray import recipes
+from tagi_ray.benchmarks import ingest, memory, ray_overhead, sweep
 from tagi_ray.benchmarks.shapes import Shape
 from tests.tiny_run import tiny_experiment
 
@@ -52,6 +53,22 @@ def test_ingest_tells_waiting_speed_and_memory(ray_session: None, tmp_path: Path
     assert streamed[0].case == "2048 instances streamed: an instance"
     assert "training process" in streamed[1].case
     assert streamed[1].ours > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_session")
+def test_a_sweep_and_its_runs_one_after_another_come_to_the_same_losses(tmp_path: Path) -> None:
+    tiny = str(Path(__file__).parents[1] / "recipes" / "tiny.yaml")
+    base = recipes.load(tiny, ["finetune.valid_every=2", f"storage={tmp_path}"])
+    rows = list(sweep.sweep_rows("tiny", base, rounds=1))
+    assert [row.case.rpartition("; ")[2] for row in rows] == [
+        "other: one after another",
+        "other: and nothing shared",
+    ]
+    assert rows[0].ours == rows[1].ours > 0
+    stores = list((tmp_path / "ours_0" / "shared").glob("teachers_*"))
+    assert len(stores) == 1
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from tagi_ray.report import read_records
+from tagi_ray.trials import read_trials
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
     shutil.copy(ROOT / "tests" / "recipes" / "tiny.yaml", tree / "small.yaml")
+    (tree / "ranks.yaml").write_text(
+        "search: grid\nscheduler: none\nseeds: [0]\nspace: {lora.rank: [2]}\n"
+    )
     return tree
 
 
@@ -270,6 +274,25 @@ def test_every_job_can_be_submitted(cluster: Cluster) -> None:
     assert list(adapters.glob("*/adapter_model.safetensors"))
     assert (cluster.storage / "backbone" / "model.safetensors").exists()
     assert list((cluster.storage / "benchmark").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_can_be_submitted_and_continues_in_another_copy(cluster: Cluster) -> None:
+    command = ("jobs/sweep.py", "small.yaml", "--space=ranks.yaml", f"storage={cluster.storage}")
+    table = cluster.storage / "small_ranks" / "trials.csv"
+    cluster.submit("sweep", *command, wait=False)
+    until(lambda: table.exists() and "done" in table.read_text(), 400)
+    stopped = cluster.ray("stop", "sweep")
+    assert stopped.returncode == 0, stopped.stderr
+    # A changed file is another package, which is unpacked elsewhere.
+    (cluster.tree / "README.md").open("a").write("\n")
+    again = cluster.submit("sweep_again", *command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    last = cluster.last_line("sweep_again")
+    assert last.startswith("Done in ")
+    assert last.endswith(f"report in {table.with_name('sweep.html')}")
+    assert [row.status for row in read_trials(table)] == ["done", "done"]
 
 
 @pytest.mark.slow

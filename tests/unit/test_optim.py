@@ -127,3 +127,57 @@ def test_adafactor_is_torchs_own_and_slots_refuse_it() -> None:
     assert isinstance(build_optimizer(tensors.values(), chosen), torch.optim.Adafactor)
     with pytest.raises(ValueError, match="adamw only"):
         SlotAdamW(tensors, chosen, [1, 1])
+
+
+def test_a_slot_given_to_another_schedule_starts_anew() -> None:
+    chosen = settings(schedule="linear", warmup_fraction=0.2)
+    tensors = {n: t.clone().requires_grad_() for n, t in start(2).items()}
+    packed = SlotAdamW(tensors, chosen, [20, 20])
+    fresh = SlotAdamW({n: t.clone().requires_grad_() for n, t in start(2).items()}, chosen, [6, 6])
+    for step in range(10):
+        if step == 4:
+            packed.assign(1, 6, {f"model.{n}": t[1] for n, t in start(2).items()})
+        for name, gradient in gradients(2, step).items():
+            packed.tensors[name].grad = gradient
+            fresh.tensors[name].grad = gradient.clone()
+        packed.step(torch.tensor([True, True]))
+        if step >= 4:
+            fresh.step(torch.tensor([False, True]))
+    assert packed.steps_K == [10, 6]
+    for name, tensor in packed.tensors.items():
+        assert torch.equal(tensor[1], fresh.tensors[name][1])
+        assert not torch.equal(tensor[0], fresh.tensors[name][0])
+
+
+def test_a_slot_goes_on_in_another_optimizer() -> None:
+    chosen = settings(schedule="linear")
+    tensors = {n: t.clone().requires_grad_() for n, t in start(3).items()}
+    first = SlotAdamW(tensors, chosen, [9, 9, 9])
+    second = SlotAdamW({n: torch.zeros(1, *shape) for n, shape in SHAPES.items()}, chosen, [1])
+    for step in range(9):
+        if step == 5:
+            second.assign(0, 9, first.slot_state(2))
+        for name, gradient in gradients(3, step).items():
+            first.tensors[name].grad = gradient
+            second.tensors[name].grad = gradient[2:].clone()
+        first.step(torch.tensor([True, True, True]))
+        if step >= 5:
+            second.step(torch.tensor([True]))
+    for name, tensor in second.tensors.items():
+        assert torch.equal(tensor[0], first.tensors[name][2])
+
+
+def test_a_gradient_that_is_not_finite_moves_no_slot() -> None:
+    tensors = {n: t.clone().requires_grad_() for n, t in start(3).items()}
+    packed = SlotAdamW(tensors, settings(), [5, 5, 5])
+    for name, gradient in gradients(3, 0).items():
+        tensors[name].grad = gradient
+    for slot, bad in ((0, float("nan")), (2, float("inf"))):
+        tensors["q.b"].grad[slot, 1, 1] = bad
+    norms = packed.step(torch.tensor([True, True, True]))
+    assert norms.isfinite().tolist() == [False, True, False]
+    assert packed.steps_K == [0, 1, 0]
+    for name, before in start(3).items():
+        assert torch.equal(tensors[name][0], before[0])
+        assert torch.equal(tensors[name][2], before[2])
+        assert not torch.equal(tensors[name][1], before[1])
