@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tagi_ray.instruction import EncodedInstruction, FusedInstruction
+from tagi_ray.instruction import EncodedInstruction, FusedInstruction, VirtualTokens
 from tagi_ray.lora import Binding, LoraBank, Site, bound, inject
 from tagi_ray.method_sections import FusionKind
 
@@ -49,6 +49,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def heads(self) -> int:
         """Heads of an attention."""
+
+    @property
+    @abstractmethod
+    def prefix_shape(self) -> tuple[int, int, int]:
+        """Layers that a prefix stands in, heads H of its keys, features E of a head.
+
+        Raises ConfigError for a model without a place for one.
+        """
 
     @property
     @abstractmethod
@@ -107,12 +115,18 @@ class Backbone(nn.Module, ABC):
 
     @contextmanager
     def bound(
-        self, bank: LoraBank | None, instruction: FusedInstruction | None = None
+        self, bank: LoraBank | VirtualTokens | None, instruction: FusedInstruction | None = None
     ) -> Iterator[None]:
         """Apply a bank and a fused instruction in the block, which must span forward and backward.
 
         The bank's factors are cast once, here, to the dtype of the weights that they are added to.
+        Virtual tokens in a bank's place take the instruction's too.
         """
+        if isinstance(bank, VirtualTokens):
+            assert instruction is None, "no fusion stands beside virtual tokens"
+            keys = bank.prefix[0][0]
+            mask_KI = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
+            bank, instruction = None, FusedInstruction(mask_KI, prefix=bank.prefix, begun=False)
         if bank is not None:
             dtypes = {s.name: self.model.get_submodule(s.name).weight.dtype for s in self.sites}
             bank = LoraBank(

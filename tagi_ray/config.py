@@ -167,6 +167,12 @@ class Experiment(Section):
                     f"{one.fusion.kind} leave nothing to train: set a fusion.kind with"
                     " cross_attention, or another generator"
                 )
+            if one.hypernetwork.generator == "prefix" and one.fusion.kind != "none":
+                yield (
+                    f"variants.{name}: hypernetwork.generator=prefix and fusion.kind="
+                    f"{one.fusion.kind} would stand in one place: set fusion.kind=none, and"
+                    " distillation.student_prompt=full for the instruction"
+                )
             if one.pretrain.enabled and not self.pretrain.enabled:
                 yield (
                     f"variants.{name}.pretrain.enabled=true: variants can leave pretraining out:"

@@ -57,6 +57,14 @@ class DecoderOnly(Backbone):
         return int(self.model.config.num_attention_heads)
 
     @property
+    def prefix_shape(self) -> tuple[int, int, int]:
+        """Layers, heads H of keys, features E of a head."""
+        config = self.model.config
+        features = getattr(config, "head_dim", None) or self.width // self.heads
+        keys = getattr(config, "num_key_value_heads", self.heads)
+        return int(config.num_hidden_layers), int(keys), int(features)
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """Blocks of the model."""
         inner = self.model.base_model
@@ -136,11 +144,11 @@ class DecoderOnly(Backbone):
     def _texts(self, ids_KNS: Tensor, mask_KNS: Tensor) -> _Texts:
         """Return the texts of the rows, which continue the instruction's keys where these are."""
         instruction = self.binding.instruction
-        if instruction is None or not instruction.prefix:
-            ids_KNS, mask_KNS = self._begun(ids_KNS, mask_KNS)
-            starts_K = mask_KNS.new_zeros(len(mask_KNS), dtype=torch.long)
-        else:
+        starts_K = mask_KNS.new_zeros(len(mask_KNS), dtype=torch.long)
+        if instruction is not None and instruction.prefix:
             starts_K = instruction.mask_KI.sum(1)
+        if instruction is None or not (instruction.prefix and instruction.begun):
+            ids_KNS, mask_KNS = self._begun(ids_KNS, mask_KNS)
         return _Texts(
             ids_KNS.flatten(0, 1),
             mask_KNS.flatten(0, 1).sum(1).clamp_min(1),

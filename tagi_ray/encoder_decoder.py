@@ -1,10 +1,11 @@
 """Encoder-decoder backbones: the T5 family.
 
 The encoder reads the instruction. A fusion puts its states before the input's in the decoder's
-memory, lets each encoder block attend to them, or both.
+memory, lets each encoder block attend to them, or both. Of a prefix each self-attention of the
+encoder reads its keys and values, at the positions before the input's.
 
 Axes: K tasks, N instances, S source tokens, T target tokens, I instruction tokens, D features,
-V vocabulary.
+V vocabulary, H heads, E features of a head.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tagi_ray.backbone import Backbone, before_each_row
+from tagi_ray.errors import ConfigError
 from tagi_ray.instruction import EncodedInstruction, FusedInstruction
 
 
@@ -24,6 +27,13 @@ class EncoderDecoder(Backbone):
 
     fusions = ("none", "concat", "cross_attention", "cross_attention+concat")
     task_type = "SEQ_2_SEQ_LM"
+
+    def __init__(self, model: Any, targets: tuple[str, ...], identity: str) -> None:
+        super().__init__(model, targets, identity)
+        for number, block in enumerate(model.encoder.block):
+            if attention := getattr(block.layer[0], "SelfAttention", None):
+                for side, projection in enumerate((attention.k, attention.v)):
+                    projection.register_forward_hook(self._prefixing(number, side))
 
     @property
     def width(self) -> int:
@@ -39,6 +49,17 @@ class EncoderDecoder(Backbone):
     def attention_width(self) -> int:
         """Features inside an attention, of all heads."""
         return self.heads * int(self.model.config.d_kv)
+
+    @property
+    def prefix_shape(self) -> tuple[int, int, int]:
+        """Layers of the encoder, heads H, features E of a head."""
+        config = self.model.config
+        if not hasattr(self.model.encoder.block[0].layer[0], "SelfAttention"):
+            raise ConfigError([
+                f"hypernetwork.generator=prefix is not for the backbone {self.identity}, most of"
+                " whose encoder would not see the prefix: choose another generator, or a T5"
+            ])  # fmt: skip
+        return int(config.num_layers), self.heads, int(config.d_kv)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -105,7 +126,28 @@ class EncoderDecoder(Backbone):
         return ids[:, 1:].unflatten(0, input_ids_KNS.shape[:2])  # without the start token
 
     def _encoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        """Return the states of the tokens [K*N, S, D]; a prefix has none that anything reads."""
+        instruction = self.binding.instruction
+        held = instruction.mask_KI.shape[1] if instruction and instruction.prefix else 0
+        ids, mask = functional.pad(ids, (held, 0)), functional.pad(mask.long(), (held, 0), value=1)
+        return self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, held:]
+
+    def _prefixing(self, number: int, side: int) -> Callable[..., Tensor | None]:
+        """Return a hook that puts the bound prefix where a projection's output holds its place.
+
+        The self-attention then reads it as it reads tokens, with the position bias of their places;
+        what the held places themselves come to is read by nothing. side: 0 of keys, 1 of values.
+        """
+
+        def hook(module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+            instruction = self.binding.instruction
+            if instruction is None or not instruction.prefix:
+                return None
+            prefix_KIX = instruction.prefix[number][side].transpose(1, 2).flatten(2)
+            tokens = output[:, prefix_KIX.shape[1] :]
+            return before_each_row(prefix_KIX.to(output.dtype), tokens)
+
+        return hook
 
     def _memory(self, ids_KNS: Tensor, mask_KNS: Tensor) -> _Memory:
         """Return the memory [K*N, I + S, D] that the decoder attends to, the instruction first."""

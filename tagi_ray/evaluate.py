@@ -26,7 +26,7 @@ from tagi_ray.config import Experiment
 from tagi_ray.errors import CheckpointError, DataError
 from tagi_ray.export import stack_adapters
 from tagi_ray.groups import TextGroup
-from tagi_ray.instruction import FusedInstruction
+from tagi_ray.instruction import FusedInstruction, VirtualTokens
 from tagi_ray.json_files import write_whole
 from tagi_ray.lora import LoraBank
 from tagi_ray.metrics import METRICS, Prediction, aggregate, exact_match, rouge_l
@@ -77,7 +77,7 @@ class Scorer:
 
     def condition(
         self, plan: SystemPlan, tasks: Sequence[ShardTask], sources: Mapping[str, Task]
-    ) -> tuple[LoraBank | None, FusedInstruction | None]:
+    ) -> tuple[LoraBank | VirtualTokens | None, FusedInstruction | None]:
         """Return the bank of K tasks and what else the student gets of their instructions.
 
         The hypernetwork runs once, on the instructions of `sources` (see `predict`).
@@ -109,7 +109,7 @@ class Scorer:
         self,
         plan: SystemPlan,
         groups: Sequence[TextGroup],
-        bank: LoraBank | None,
+        bank: LoraBank | VirtualTokens | None,
         fused: FusedInstruction | None,
     ) -> list[list[list[int]]]:
         """Return the ids that follow each prompt: K lists of N lists."""

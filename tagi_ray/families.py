@@ -67,11 +67,14 @@ def check_backbone(experiment: Experiment, files: bool = True) -> None:
     longest = 1 + max(student, data.max_prompt_tokens) + data.max_target_tokens
     if experiment.pretrain.enabled:
         longest = max(longest, 3 + experiment.pretrain.max_tokens)
+    networks = [experiment.varied(name).hypernetwork for name in experiment.variants]
+    longest += max((one.capacity for one in networks if one.generator == "prefix"), default=0)
     if limit is not None and longest > limit:
         problems.append(
             f"the backbone {settings.path} reads at most {limit} tokens, and instruction, input and"
             f" target can have {longest}: lower data.max_instruction_tokens, data.max_input_tokens,"
-            " data.max_prompt_tokens, data.max_target_tokens, or pretrain.max_tokens"
+            " data.max_prompt_tokens, data.max_target_tokens, pretrain.max_tokens, or the"
+            " hypernetwork.capacity of a prefix"
         )
     if problems:
         raise ConfigError(problems)

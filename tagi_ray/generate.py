@@ -18,6 +18,7 @@ from tagi_ray.errors import DataError
 from tagi_ray.evaluate import Scorer, load_weights
 from tagi_ray.export import adapter_readme, module_hash, write_adapter
 from tagi_ray.json_files import read_json_lines
+from tagi_ray.lora import LoraBank
 from tagi_ray.model import build_model
 from tagi_ray.shards import ShardTask
 from tagi_ray.systems import SYSTEM, plan_of
@@ -117,7 +118,7 @@ def _generate(
             [ShardTask(task, ()) for task in chunk],
             {t.name: t for t in chunk},
         )
-        assert bank is not None
+        assert isinstance(bank, LoraBank), "no other generator's adapters are written"
         for slot, task in enumerate(chunk):
             readme = adapter_readme(task.name, base, origin=ORIGIN, fusion=kind, alone=alone)
             write_adapter(

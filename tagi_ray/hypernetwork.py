@@ -29,7 +29,9 @@ from tagi_ray.text_to_lora import TextToLora
 def build_hypernetwork(
     sites: tuple[Site, ...], width: int, settings: HypernetworkSettings, lora: LoraSettings
 ) -> AdapterGenerator | None:
-    """Build the generator of the settings; None for `none`. width: features D of the instruction.
+    """Build the generator of adapters of the settings, which is not `prefix`; None for `none`.
+
+    width: features D of the instruction.
 
     Raises ConfigError when the settings do not fit the generator.
     """

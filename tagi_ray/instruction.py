@@ -1,6 +1,6 @@
 """An instruction after the bare backbone has read it, and what a fusion hands on of it.
 
-Axes: K tasks, I instruction tokens, D features, H heads, E features of a head.
+Axes: K tasks, I instruction or virtual tokens, D features, H heads, E features of a head.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values [K, H, I, E] of each layer of a decoder-only model; empty for others."""
+"""Keys and values [K, H, I, E] of each layer of a decoder-only model, or of an encoder; empty where
+there are none."""
 
 
 class EncodedInstruction(NamedTuple):
@@ -23,6 +24,12 @@ class EncodedInstruction(NamedTuple):
     prefix: Prefix = ()
 
 
+class VirtualTokens(NamedTuple):
+    """What stands before all that is read of K tasks; no token, and so part of no text."""
+
+    prefix: Prefix
+
+
 class FusedInstruction(NamedTuple):
     """What reaches the student of K instructions besides their adapters."""
 
@@ -33,3 +40,5 @@ class FusedInstruction(NamedTuple):
     """States that every encoder block attends to (Eq. 1)."""
     prefix: Prefix = ()
     """Keys and values that stand before the input's."""
+    begun: bool = True
+    """Whether the begin token, where the model has one, is the first of the prefix."""

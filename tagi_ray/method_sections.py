@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from tagi_ray.sections import Count, NonNegative, Positive, Section
 
-Generator = Literal["attention", "mlp", "t2l_l", "t2l_m", "t2l_s", "shared", "none"]
+Generator = Literal["attention", "mlp", "t2l_l", "t2l_m", "t2l_s", "shared", "prefix", "none"]
 
 
 class HypernetworkSettings(Section):
@@ -20,8 +20,9 @@ class HypernetworkSettings(Section):
     generator: Generator = "attention"
     """`attention`: a transformer trunk over (layer, module, A or B) queries, and a factored head.
     `mlp`: the paper's Eq. 2, a two-layer perceptron for each layer. `t2l_l`, `t2l_m`, `t2l_s`:
-    the heads of Text-to-LoRA, large to small. `shared`: one trained adapter for all tasks, whatever
-    their instructions, as Tk-Instruct-LoRA of Table 4 has. `none`: no adapters, fusion alone."""
+    the heads of Text-to-LoRA, large to small. For all tasks, whatever their instructions, as in
+    Table 4: `shared`, one trained adapter (Tk-Instruct-LoRA), or `prefix`, trained virtual tokens
+    before all that is read (Tk-Instruct-Prefix). `none`: no adapters, fusion alone."""
     width: Count = 256
     """Of the trunk; of Text-to-LoRA the latent size, whose heads read four times as many."""
     layers: Count = 2
@@ -29,8 +30,9 @@ class HypernetworkSettings(Section):
     heads: Count = 4
     """Of the attention's trunk."""
     capacity: Count = 64
-    """The one capacity knob: number k of basis rows from which `attention` mixes each factor, or
-    hidden units of each `mlp` (the released code: 8)."""
+    """The one capacity knob: number k of basis rows from which `attention` mixes each factor,
+    hidden units of each `mlp` (the released code: 8), or virtual tokens of `prefix` (the paper:
+    32)."""
 
     @model_validator(mode="after")
     def _whole_heads(self) -> HypernetworkSettings:

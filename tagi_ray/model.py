@@ -16,8 +16,9 @@ from tagi_ray.config import Experiment
 from tagi_ray.families import load_backbone
 from tagi_ray.fusion import Fusion
 from tagi_ray.hypernetwork import build_hypernetwork
-from tagi_ray.instruction import EncodedInstruction, FusedInstruction
+from tagi_ray.instruction import EncodedInstruction, FusedInstruction, VirtualTokens
 from tagi_ray.lora import LoraBank
+from tagi_ray.virtual_tokens import TrainedPrefix
 
 ModelKind = Literal["metatrain", "teacher", "hypernetwork"]
 
@@ -42,8 +43,11 @@ class TagiModel(nn.Module):
         with torch.no_grad():
             return self.backbone.encode(ids_KI, mask_KI)
 
-    def generate_bank(self, encoded: EncodedInstruction) -> LoraBank | None:
-        """Generate the K adapters of K instructions; None without a hypernetwork."""
+    def generate_bank(self, encoded: EncodedInstruction) -> LoraBank | VirtualTokens | None:
+        """Generate the K adapters of K instructions; None without a hypernetwork.
+
+        The generator `prefix` has virtual tokens for them in a bank's place.
+        """
         if self.hypernetwork is None:
             return None
         self.generated_tasks += encoded.states_KID.shape[0]
@@ -81,8 +85,11 @@ def assemble(experiment: Experiment, backbone: Backbone, kind: ModelKind, seed: 
         return TagiModel(backbone, None, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hypernetwork = build_hypernetwork(
-            backbone.sites, backbone.width, experiment.hypernetwork, experiment.lora
-        )
+        if experiment.hypernetwork.generator == "prefix":
+            hypernetwork = TrainedPrefix(backbone.prefix_shape, experiment.hypernetwork.capacity)
+        else:
+            hypernetwork = build_hypernetwork(
+                backbone.sites, backbone.width, experiment.hypernetwork, experiment.lora
+            )
         fusion = Fusion(experiment.fusion, backbone)
     return TagiModel(backbone, hypernetwork, fusion)

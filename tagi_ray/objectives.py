@@ -146,7 +146,7 @@ def finetune(
             kl = kl_from(logits) if tuned else kl_from(logits) * taught
             parts["kl"] = kl.sum() / totals["taught_tokens"].clamp_min(1)
             value = value + settings.lambda_kl * parts["kl"]
-        if taught_bank is not None and bank is not None:
+        if taught_bank is not None and isinstance(bank, LoraBank):
             difference = alignment(bank, taught_bank, settings.alignment) * taught
             tasks = totals["taught_tasks"].clamp_min(1)
             parts["alignment"] = difference.sum() / tasks

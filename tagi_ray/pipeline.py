@@ -99,7 +99,7 @@ def finetune(experiment: Experiment, say: Say = print) -> Path:
     write_teacher_logits([spec.varied for spec in specs], run, say)
     fit(specs, say)
     _score(experiment, run, say)
-    if SYSTEM in experiment.scored_variants():
+    if SYSTEM in experiment.scored_variants() and _writable(experiment):
         _export(experiment, run, say)
     return write_report(run)
 
@@ -126,6 +126,12 @@ def generate(
     experiment, run = open_run(experiment, begin=False)
     tasks = [instructed_task(instruction)] if instruction else read_instructions(Path(path or ""))
     weights = trained_weights(experiment, run, SYSTEM, experiment.seeds[0])
+    if not _writable(experiment):
+        raise ConfigError([
+            f"hypernetwork.generator={experiment.varied(SYSTEM).hypernetwork.generator}: the run"
+            f" {experiment.name!r} makes no adapters that could be written: take one with another"
+            " generator"
+        ])  # fmt: skip
     folder = recipes.lasting("--output", output) if output else run / "adapters"
     written = generate_adapters(experiment, run, weights, tasks, folder, _alone(run))
     say(f"adapters: {len(written)} in {folder}")
@@ -359,6 +365,11 @@ def _score(experiment: Experiment, run: Path, say: Say) -> None:
     }
     scores = score_systems(experiment, run, weights, say)
     say(scores_table(scores))
+
+
+def _writable(experiment: Experiment) -> bool:
+    """Tell whether the method, as the settings have it, makes an adapter of each task."""
+    return experiment.varied(SYSTEM).hypernetwork.generator not in ("prefix", "none")
 
 
 def _export(experiment: Experiment, run: Path, say: Say) -> None:

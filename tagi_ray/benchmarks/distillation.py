@@ -79,13 +79,14 @@ def step_of(kind: Kind, shape: Shape, tokens: tuple[int, int, int]) -> Callable[
     import torch
 
     from tagi_ray import objectives
+    from tagi_ray.lora import LoraBank
     from tagi_ray.method_sections import DistillationSettings
 
     model, batch = random_model(shape), random_batch(shape, TASKS, INSTANCES, tokens)
     bank = model.generate_bank(
         model.encode_instruction(batch.instruction_ids_KI, batch.instruction_mask_KI)
     )
-    assert bank is not None
+    assert isinstance(bank, LoraBank)
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randn(*batch.target_ids_KNT.shape, shape.vocabulary, generator=generator)
     top = torch.log_softmax(drawn, -1).topk(TOP_K)

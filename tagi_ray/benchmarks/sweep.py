@@ -12,6 +12,7 @@ from tagi_ray.benchmarks.measure import Row, row
 
 if TYPE_CHECKING:  # torch would make `--help` slow
     from tagi_ray.config import Experiment
+    from tagi_ray.shared_runs import Part
     from tagi_ray.space import Space
 
 ROUNDS = 3
@@ -46,6 +47,7 @@ def sweep_rows(name: str, base: Experiment, rounds: int) -> Iterator[Row]:
     One of the others finds the shards and the teachers that the sweep finds too, as runs in one
     folder would; the other makes its own each time. All come to the same validation losses.
     """
+    from tagi_ray import shared_runs
     from tagi_ray.cluster import connect
     from tagi_ray.space import Domain, Space
 
@@ -59,7 +61,7 @@ def sweep_rows(name: str, base: Experiment, rounds: int) -> Iterator[Row]:
     )
     concurrent = connect(base, "auto")
     parts = storage / "parts"
-    _one_by_one(base, space, parts, shared=parts)  # what all sides share, and warm files
+    _made(base, parts, shared_runs.trial_run(base, parts, "own", {}, space.seeds))
     sides: dict[str, Callable[[Path], dict[str, float]]] = {
         "ours": lambda folder: _swept(base, space, folder, parts, concurrent),
         "shared": lambda folder: _one_by_one(base, space, folder, shared=parts),
@@ -80,6 +82,17 @@ def sweep_rows(name: str, base: Experiment, rounds: int) -> Iterator[Row]:
     what = f"{name}: {1 + len(WEIGHTS)} trials, {concurrent} at a time"
     yield row(f"{what}; other: one after another", "wall s", times["ours"], times["shared"])
     yield row(f"{what}; other: and nothing shared", "wall s", times["ours"], times["alone"])
+
+
+def _made(base: Experiment, folder: Path, trial: Experiment) -> dict[Part, Experiment]:
+    """Make what a trial shares, or what is missing of it, in a sweep's folder."""
+    from tagi_ray import shared_runs
+
+    made: dict[Part, Experiment] = {}
+    for part, run in shared_runs.parts(base, folder, trial).items():
+        shared_runs.make(part, run, made)
+        made[part] = run
+    return made
 
 
 def _swept(
@@ -115,11 +128,7 @@ def _one_by_one(
         key = key_of(space, base, point)
         trial = shared_runs.trial_run(base, folder, key, point, space.seeds)
         if shared:
-            made: dict[shared_runs.Part, Experiment] = {}
-            for part, run in shared_runs.parts(base, shared, trial).items():
-                shared_runs.make(part, run, made)
-                made[part] = run
-            shared_runs.link_parts(trial, made)
+            shared_runs.link_parts(trial, _made(base, shared, trial))
         else:
             pipeline.train_teachers(trial, quiet)
         trial, run_folder = pipeline.begin(trial, quiet)

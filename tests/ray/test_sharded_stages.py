@@ -20,6 +20,7 @@ from torch import Tensor
 from tagi_ray import checkpoint
 from tagi_ray.config import Experiment
 from tagi_ray.families import load_backbone
+from tagi_ray.model import build_model
 from tagi_ray.report import read_records
 from tagi_ray.stages import Kind, StageSpec, build_stage
 from tagi_ray.train_loop import Worker, run_stage
@@ -54,6 +55,7 @@ class Case:
     micro_groups: int = 2
     fusion: Mapping[str, Any] = field(default_factory=lambda: {"kind": "concat"})
     """Cross-attention has a test of its own."""
+    hypernetwork: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def experiment_of(folder: Path, case: Case, workers: int) -> Experiment:
@@ -66,6 +68,7 @@ def experiment_of(folder: Path, case: Case, workers: int) -> Experiment:
     values["backbone"]["tokenizer_vocabulary"] = 512
     values["resources"] = {"workers": workers, **case.resources}
     values["fusion"] = dict(case.fusion)
+    values["hypernetwork"].update(case.hypernetwork)
     return Experiment.model_validate(values)
 
 
@@ -185,6 +188,31 @@ def test_cross_attention_learns_the_same_on_all_ranks_and_stages(
             torch.testing.assert_close(
                 result[key], weight, rtol=1e-2, atol=2e-4, msg=f"{name} {key}"
             )
+
+
+def test_virtual_tokens_learn_the_same_on_all_ranks_and_stages(folder_of_two: Path) -> None:
+    settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"zero_stage": 0}, {}),
+        ({"zero_stage": 2}, {"activation_checkpointing": True}),
+        ({"zero_stage": 3}, {}),
+        ({"zero_stage": 3}, {"activation_checkpointing": True}),
+        ({"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}, {}),
+    ]
+    tokens = {"generator": "prefix", "capacity": 3}
+    cases = [
+        Case(f"prefix {n}", "finetune", *one, fusion={"kind": "none"}, hypernetwork=tokens)
+        for n, one in enumerate(settings)
+    ]
+    found = results(folder_of_two, cases)
+    expected = found[cases[0].name, 1]
+    experiment = experiment_of(folder_of_two, cases[0], 1)
+    start = build_model(experiment, folder_of_two / "prepared" / "tokenizer", "hypernetwork", 0)
+    moved = expected["model.hypernetwork.prefix_L2HIE"] - start.hypernetwork.prefix_L2HIE
+    assert (moved.flatten(2).abs().amax(2) > 2e-3).all()
+    for name, result in found.items():
+        assert {k for k in result if k != "losses"} == {"model.hypernetwork.prefix_L2HIE"}
+        for key, value in expected.items():
+            torch.testing.assert_close(result[key], value, rtol=FLOAT32, atol=2e-4, msg=str(name))
 
 
 @pytest.mark.parametrize("kind", KINDS)

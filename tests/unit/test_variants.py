@@ -13,6 +13,7 @@ from tagi_ray.systems import changes, plan_of
 
 TABLE_4 = {
     "no_pretraining", "no_fusion", "no_label_loss", "no_kl", "no_alignment", "no_hypernetwork",
+    "hint", "hypertuning", "lora_tuning", "prefix_tuning",
 }  # fmt: skip
 
 
@@ -35,7 +36,11 @@ def test_every_row_of_table_4_is_a_variant(ablation):
     assert varied["factor_alignment"].distillation.alignment == "factors"
     assert varied["no_hypernetwork"].hypernetwork.generator == "none"
     assert not varied["no_pretraining"].pretrain.enabled
-    assert varied["lora_tuning"].distillation.student_prompt == "full"
+    for name in ("lora_tuning", "prefix_tuning"):
+        assert varied[name].distillation.student_prompt == "full"
+        assert varied[name].fusion.kind == "none"
+    prefix = varied["prefix_tuning"].hypernetwork
+    assert (prefix.generator, prefix.capacity) == ("prefix", 32)
 
 
 def test_a_variant_changes_the_fields_it_names_and_nothing_else(ablation):
