@@ -233,9 +233,8 @@ def run_trial(point: Point, base: Experiment, space: Space, folder: Path, maker:
             if (record["stage"], record["seed"]) == (spec.name, spec.seed)
         ]
         losses = [r["valid_loss"] for r in told if "valid_loss" in r and r["step"] <= step]
-        best_yet = min(losses)
         result = {"step": step, "steps": steps, "adapter_parameters": size}
-        tune.report({**result, "valid_loss": best_yet})
+        tune.report({**result, "valid_loss": min(losses)})
 
     def seen(record: Mapping[str, Any]) -> None:
         # The last step only when its checkpoint is there: at it the scheduler ends the trial.
