@@ -173,15 +173,16 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)  # made before, or counted already
+                self._count(leaf.untyped_storage(), made=False)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, storage: torch.UntypedStorage, made: bool = True) -> None:
+        """made: by an operation; what was there before takes no more."""
+        key, size = storage._cdata, storage.nbytes() if made else 0
         if key not in self._known:
             self._known.add(key)
             self._live += size
