@@ -140,6 +140,7 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(st
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_command_with_cached_logits_reads_no_prompt_and_scores(storage):
     """Teachers, their logits by Ray Data, finetuning from them, scores, adapters."""

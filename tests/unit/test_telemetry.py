@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tagi_ray import history, telemetry
+from tagi_ray import history
 from tagi_ray.report import read_records
 from tagi_ray.telemetry import COUNTERS, GAUGES, LOSS_PARTS, STAGE_TAGS
 from tagi_ray.train_loop import Worker, run_stage
@@ -65,12 +65,14 @@ assert "ray" not in sys.modules
 
 
 def test_with_ray_imported_and_not_started_nothing_happens() -> None:
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("a test before this one has started Ray")
-    telemetry.count("adapters_generated", run="run")
-    telemetry.count_up_to("teachers_done", 3, run="run", role="train")
+    code = """
+import ray
+from tagi_ray import telemetry
+telemetry.count("adapters_generated", run="run")
+telemetry.count_up_to("teachers_done", 3, run="run", role="train")
+assert not ray.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_dashboard_shows_all_metrics_and_no_other(dashboard: dict[str, Any]) -> None:
