@@ -116,11 +116,14 @@ class _Need:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Repeated:
+class FixedRows:
+    """The same rows in every step."""
+
     rows: Sequence[Row]
     valid: Sequence[Row] = ()
 
     def of_step(self, step: int) -> Sequence[Row]:
+        """Return the rows."""
         return self.rows
 
 
@@ -137,7 +140,7 @@ def _pack(
         number = next(queue, None)
         if number is None:
             return None
-        return Teacher(str(number), _Repeated(rows), 10**9, rank, alpha)
+        return Teacher(str(number), FixedRows(rows), 10**9, rank, alpha)
 
     pack.fill(pull)
     return pack

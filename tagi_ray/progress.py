@@ -25,9 +25,9 @@ def shown(
 ) -> Iterator[Callable[[], None]]:
     """Give a function that shows what is new of stages that are trained one after another.
 
-    Each record of metrics.jsonl goes to `seen` and becomes a line for `say`; where `say` is print on a terminal, bars
-    move instead, and a stage leaves its last line. Warnings of loggers are logged. Prometheus sees
-    the newest record for as long as this is called.
+    Each record of metrics.jsonl goes to `seen` and becomes a line for `say`; where `say` is print on
+    a terminal, bars move instead, and a stage leaves its last line. Warnings of loggers are logged.
+    Prometheus sees the newest record for as long as this is called.
     """
     run_folder = specs[0].run_folder
     news, warnings = News(run_folder / history.METRICS), tracking.Warnings(run_folder)

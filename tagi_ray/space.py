@@ -269,13 +269,17 @@ def _unfit_field(field: str, domain: Domain, space: Space, experiment: Experimen
 
 def own_value(field: str, experiment: Experiment) -> Any:
     """Return the recipe's own value of a field; TypeError where it sets no section around it."""
-    settings: Mapping[str, Any] = experiment.model_dump(mode="json")
+    return _at(field, experiment.model_dump(mode="json"))
+
+
+def _at(field: str, settings: Mapping[str, Any]) -> Any:
     return reduce(lambda at, key: at[key], field.split("."), settings)
 
 
 def own_values(space: Space, experiment: Experiment) -> dict[str, Any]:
     """Return the recipe's own values of the swept fields."""
-    return {field: own_value(field, experiment) for field in space.space}
+    settings = experiment.model_dump(mode="json")
+    return {field: _at(field, settings) for field in space.space}
 
 
 def own_texts(space: Space, experiment: Experiment) -> dict[str, str]:

@@ -35,6 +35,7 @@ from tagi_ray.stages import StageSpec
 from tagi_ray.sweep_report import write_sweep_report
 from tagi_ray.teacher_logits import write_teacher_logits
 from tagi_ray.trials import (
+    ENDED,
     TrialRow,
     best,
     leaderboard,
@@ -44,7 +45,6 @@ from tagi_ray.trials import (
     shown_loss,
 )
 from tagi_ray.tuning import (
-    ENDED,
     TRIALS,
     Board,
     Point,

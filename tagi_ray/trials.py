@@ -16,6 +16,8 @@ from tagi_ray.json_files import refuse, write_whole
 from tagi_ray.remote_files import read_bytes
 
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
+ENDED: tuple[Status, ...] = ("done", "stopped")
+"""Statuses of trials that have a result."""
 STATUS_WORDS = {"stopped": "stopped early"}
 
 
@@ -135,7 +137,7 @@ def loss_of(row: TrialRow) -> float:
 
 def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the trials that ended with a finite loss, early or not: best first."""
-    ended = [row for row in rows if row.status in ("done", "stopped") and loss_of(row) < math.inf]
+    ended = [row for row in rows if row.status in ENDED and loss_of(row) < math.inf]
     return sorted(ended, key=lambda row: (loss_of(row), row.number))
 
 

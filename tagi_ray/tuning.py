@@ -28,10 +28,9 @@ from tagi_ray.recipes.yaml_source import inline, parse
 from tagi_ray.report import read_records
 from tagi_ray.shared_runs import runs
 from tagi_ray.space import Domain, Space, own_texts, own_values, texts
-from tagi_ray.trials import TrialRow, leaderboard, loss_of, write_trials
+from tagi_ray.trials import ENDED, TrialRow, leaderboard, loss_of, write_trials
 
 TRIALS = "trials.csv"
-ENDED = ("done", "stopped")
 DRAWS = 50
 """Draws for each new point of a random search, until its space counts as exhausted."""
 TELL_SECONDS = 60.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tagi_ray.benchmarks.measure import Case, Row, measure
@@ -35,18 +34,6 @@ def rows(rounds: int) -> Iterator[Row]:
     for kind in TARGETS:
         for teachers, instances, tokens in CASES:
             yield from measure(teacher_case(kind, SHAPES["M"], teachers, instances, tokens), rounds)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fixed:
-    """The same rows in every step."""
-
-    rows: Sequence[Tokens]
-    valid: Sequence[Tokens] = ()
-
-    def of_step(self, step: int) -> Sequence[Tokens]:
-        """Return the rows."""
-        return self.rows
 
 
 def teacher_case(kind: Kind, shape: Shape, teachers: int, instances: int, tokens: int) -> Case:
@@ -104,6 +91,7 @@ def wrapped_model(kind: Kind, shape: Shape) -> Backbone:
 
 def _packed(backbone: Backbone, data: Sequence[Sequence[Tokens]]) -> Callable[[], float]:
     from tagi_ray.model import TagiModel
+    from tagi_ray.pack_width import FixedRows
     from tagi_ray.teacher_pack import PackSettings, Teacher, TeacherPack
 
     losses: dict[str, float] = {}
@@ -114,7 +102,7 @@ def _packed(backbone: Backbone, data: Sequence[Sequence[Tokens]]) -> Callable[[]
         RANK,
         report=lambda record: losses.update({record["teacher"]: record["loss"]}),
     )
-    queue = [Teacher(str(k), Fixed(rows), 10**9, RANK, ALPHA) for k, rows in enumerate(data)]
+    queue = [Teacher(str(k), FixedRows(rows), 10**9, RANK, ALPHA) for k, rows in enumerate(data)]
     pack.fill(lambda: queue.pop() if queue else None)
 
     def run() -> float:
